@@ -83,14 +83,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    weight = 0.0 if "--siglip" in argv else PAPER_LAMBDA
     for penalty in ("inmodal", "crossmodal"):
         add(
             f"--lambda-{penalty}",
             type=float,
-            default=weight,
+            default=argparse.SUPPRESS,  # `_Swap.parse_args` sets it: OpenCLIP parses --siglip
             metavar="X",
-            help=f"weight of the {penalty} penalty (with --siglip: 0)",
+            help=f"weight of the {penalty} penalty (default: {PAPER_LAMBDA}; with --siglip: 0)",
         )
     add(
         "--lambda-warmup",
@@ -132,11 +131,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return ours, theirs
 
 
-def penalty_options(ours: argparse.Namespace) -> dict[str, Any]:
-    """The options of the penalties, from the launcher's flags."""
+def penalty_options(ours: argparse.Namespace, weight: float = PAPER_LAMBDA) -> dict[str, Any]:
+    """The options of the penalties, from the launcher's flags. weight: of those not given."""
     return {
-        "lambda_inmodal": ours.lambda_inmodal,
-        "lambda_crossmodal": ours.lambda_crossmodal,
+        "lambda_inmodal": getattr(ours, "lambda_inmodal", weight),
+        "lambda_crossmodal": getattr(ours, "lambda_crossmodal", weight),
         "reference_batch_size": ours.reference_batch_size or None,
         "impl": ours.impl,
     }
@@ -165,7 +164,7 @@ class _Swap:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.penalty_options = penalty_options(options)
+        self.penalty_options: dict[str, Any] = {}
         self.args: Any = None  # OpenCLIP's, which adds the number of ranks
         self.loss: Any = None
         self.texts: Any = None  # the captions that the model saw last
@@ -188,7 +187,10 @@ class _Swap:
         for problem, found in problems.items():
             if found:
                 raise SystemExit(f"cyclip_loss: {problem}")
-        self.args = argparse.Namespace(**vars(parsed), **vars(self.options))
+        weight = 0.0 if getattr(parsed, "siglip", False) else PAPER_LAMBDA
+        self.penalty_options = penalty_options(self.options, weight)
+        ours = self.penalty_options | vars(self.options)
+        self.args = argparse.Namespace(**{**vars(parsed), **ours})
         return self.args
 
     def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:

@@ -1,23 +1,17 @@
 """The compile gate: it compiles every kernel, and refuses faulty binaries."""
 
 import re
-from argparse import Namespace
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from triton.backends.compiler import GPUTarget
 
-from benchmarks.__main__ import make_parser
 from benchmarks.gate import compile as gate
-from benchmarks.gate.binary import CHIPS, Binary, amd_registers, is_serialised, nvidia_registers
+from benchmarks.gate.binary import Binary, amd_registers, is_serialised, nvidia_registers
 from cyclip_loss import kernels
-from cyclip_loss.kernels.configs import ARCHITECTURES
-from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
 
 # Main loops as cuobjdump prints them (Triton 3.9, sm_90; only products, waits and jumps are shown).
 # In a persistent kernel, a loop over tiles contains the main loop and waits for its last product.
@@ -58,14 +52,6 @@ def test_spills_of_amd_are_registers_of_both_kinds_or_the_stack(stack: int, spil
     fields["private_segment_fixed_size"] = stack
     assembly = "".join(f"    .{name}: {value}\n" for name, value in fields.items())
     assert amd_registers(assembly) == (96, spilled)
-
-
-def test_gate_has_a_target_for_every_architecture() -> None:
-    assert CHIPS.keys() == ARCHITECTURES.keys()
-    for name, chip in CHIPS.items():
-        arch = ("cuda", int(name[3:]), 32) if name[:3] == "sm_" else ("hip", name, 64)
-        assert chip.target == GPUTarget(*arch)
-        assert 64 * 1024 <= chip.shared_limit < 228 * 1024
 
 
 def compiled(arch: str, features: str) -> tuple[set[str], set[str], list[str]]:
@@ -126,34 +112,3 @@ def test_each_fault_is_named(kernel: str, features: str, changes, fault: str) ->
     names = [line.partition(": ")[0] for line in found]
     assert names == [f"FAULT sm_90 {kernel} {features}"] * bool(fault)
     assert fault in "".join(found)
-
-
-def build_all(arch: str, features: str) -> list[tuple[Any, list[str]]]:
-    """One binary, which does not compile for an AMD GPU."""
-    built = "CompilationError: no" if arch == "gfx942" else CLEAN
-    variant: Any = SimpleNamespace(arch=arch, name="x", label="x", features=features)
-    return [(gate.make_row(variant, built), gate.faults(variant, built) if built != CLEAN else [])]
-
-
-@pytest.mark.parametrize(
-    ("version", "verdict"),
-    [
-        ((3, 4), "passed: no faults in 16 binaries of sm_80, sm_86, sm_89, sm_90"),
-        ((3, 5), "FAILED: 4 faults in 20 binaries of sm_80, sm_86, sm_89, sm_90, gfx942"),
-        (TRITON_FOR_BLACKWELL, "FAILED: 4 faults in 28 binaries of "),
-    ],
-)
-def test_gate_ends_with_a_verdict_and_skips_chips_newer_than_triton(
-    version, verdict: str, monkeypatch, capsys
-) -> None:
-    pool = nullcontext(SimpleNamespace(map=map))
-    monkeypatch.setattr(gate, "ProcessPoolExecutor", lambda mp_context: pool)
-    monkeypatch.setattr(gate, "build_all", build_all)
-    monkeypatch.setattr(gate, "triton_version", lambda: version)
-    assert gate.main(Namespace(arch=None)) == verdict.startswith("FAILED")
-    out, err = capsys.readouterr()
-    assert out.splitlines()[-1].startswith(verdict)
-    assert "| sm_80 | x | bfloat16 | 200 | 0 | 1 | 4 HGMMA.64x256x16.F32.BF16 |" in out
-    assert err.count("FAULT gfx942 x ") == 4 * verdict.startswith("FAILED")
-    assert gate.main(make_parser().parse_args(["gate", "--arch", "sm_80", "sm_1"])) == 2
-    assert "sm_1: choose from" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How the benchmarks measure time and memory, make inputs, and format tables."""
+"""How the benchmarks measure time and memory, and format tables."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from processes import run_python
 
 from benchmarks import measure
-from benchmarks.measure import interleaved, time_columns
-from benchmarks.run import OUT_OF_MEMORY, Run, describe, table
+from benchmarks.measure import time_columns
+from benchmarks.run import table
 
 CPU = torch.device("cpu")
 
@@ -57,42 +57,9 @@ def test_a_loss_that_needs_more_than_the_available_memory_is_out_of_memory(tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_errors_that_mean_out_of_memory_are_recognised() -> None:
-    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
-    for error in (MemoryError(), torch.OutOfMemoryError(), cublas):
-        assert describe(error) == OUT_OF_MEMORY
-    assert describe(ValueError("\nno kernel\nfor this")) == "ValueError: no kernel"
-
-
-def test_each_round_runs_all_steps_and_starts_with_another_one(monkeypatch) -> None:
-    calls: list[str] = []
-    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = interleaved(steps, CPU, seconds=0, min_rounds=2)
-    assert calls == ["a", "b", "b", "a"]
-    assert [len(times[name]) for name in "ab"] == [2, 2]
-    monkeypatch.setattr(measure, "MAX_ROUNDS", 4)
-    assert len(interleaved(steps, CPU, seconds=1000, min_rounds=2)["a"]) == 4
-
-
-def test_ranks_run_as_many_rounds_as_the_slowest_has_time_for() -> None:
-    steps = {"a": lambda: None}
-    assert len(interleaved(steps, CPU, 6.0, 2, agree=lambda duration: 2.0)["a"]) == 3
-    assert interleaved({}, CPU, 6.0, 2) == {}
-
-
 def test_time_columns_have_the_median_and_the_percentiles() -> None:
     assert time_columns([2.0]) == {"runs": 1, "ms": 2}
     assert time_columns([*range(11)]) == {"runs": 11, "ms": 5, "p20": 2, "p80": 8}
-
-
-def test_pairs_have_unit_length_the_given_distance_and_the_same_values_in_every_call() -> None:
-    image, text = Run(CPU).pairs(64, 32)
-    same_image, near_text = Run(CPU).pairs(64, 32, torch.bfloat16, 0.1)
-    assert torch.equal(same_image, image.bfloat16())
-    for features in (image, text, near_text.float()):
-        torch.testing.assert_close(features.norm(dim=1), torch.ones(64), atol=0.01, rtol=0)
-    distances = (near_text.float() - image).norm(dim=1)
-    assert 0.07 < distances.min() < distances.max() < 0.11 < (text - image).norm(dim=1).min()
 
 
 def test_table_shows_three_digits_and_leaves_missing_cells_empty() -> None:

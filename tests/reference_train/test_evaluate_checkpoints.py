@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from reference_train.command_line import UsageError
 from reference_train.evaluate.checkpoints import (
-    Clip,
     checkpoint_file,
     describe_run,
     find_checkpoints,
@@ -90,13 +89,6 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
     assert pixels[:, 0, 31].tolist() == [1, 1, 0.5]
     assert pixels.shape == (3, 32, 32)
     assert (clip.model.logit_bias.item(), clip.tokenizer(["a"]).shape) == (-10, (1, 9))
-
-
-def test_the_precision_decides_the_dtype() -> None:
-    ones, half = torch.ones(2, 2), {"amp": torch.float16, "amp_bf16": torch.bfloat16}
-    for precision, dtype in {"fp32": torch.float32, **half}.items():
-        with Clip("", None, None, None, CPU, precision).autocast():
-            assert (ones @ ones).dtype == dtype
 
 
 def save(path: Path, by_name: bool) -> Path:

@@ -6,14 +6,10 @@ import open_clip
 import pytest
 import torch
 from miniature import (
-    TEN_CLASSES,
-    Samples,
     picture,
     write_image_folder,
-    write_samples,
     write_set,
 )
-from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from reference_train.evaluate import datasets, paper
@@ -32,32 +28,6 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path: Path
     (tmp_path / "classnames.txt").write_text("own 0\n")
     with pytest.raises(Unusable, match=r"3 classes, classnames\.txt has 1"):
         open_folders(tmp_path, "x")
-
-
-CLASSES = {"classnames": TEN_CLASSES}
-LABELLED = IMAGE | LABEL
-
-
-@pytest.mark.parametrize(
-    ("splits", "texts", "message"),
-    [
-        ({"test": []}, {}, "no images"),
-        ({"test": [IMAGE]}, {}, r"/test have neither \.cls nor \.txt"),
-        ({"test": [LABELLED, IMAGE]}, CLASSES, r"1 of 2 samples have no \.cls"),
-        ({"test": [LABELLED], "train": [IMAGE]}, CLASSES, r"train split have no \.cls"),
-        ({"test": [LABELLED]}, {}, r"no .*classnames\.txt"),
-        ({"test": [IMAGE | {"cls": b"10"}]}, CLASSES, "labels from 10 to 10, but 10 c"),
-        ({"test": [IMAGE | {"cls": b"-1"}]}, CLASSES, "labels from -1 to -1, but"),
-        ({"test": [IMAGE | {"txt": b" \n"}]}, {}, "images without a caption"),
-        ({"test": [IMAGE | TEXT]}, {"dataset_type": "multilabel\n"}, "several labels each"),
-    ],
-)
-def test_an_unusable_data_set_says_what_it_lacks(
-    splits: dict[str, Samples], texts: dict[str, str], message: str, tmp_path: Path
-) -> None:
-    write_set(tmp_path, splits, **texts)
-    with pytest.raises(Unusable, match=message):
-        open_tars(tmp_path, "x")
 
 
 def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path: Path) -> None:
@@ -117,20 +87,3 @@ def test_cifar100_has_its_superclasses(tmp_path: Path) -> None:
     superclass = dict(zip(classes.names, classes.superclass.tolist(), strict=True))
     assert superclass["aquarium fish"] == superclass["trout"]
     assert set(superclass.values()) == set(range(20))
-
-
-def test_what_a_folder_lacks_makes_it_unusable(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="holds no folders of images"):
-        open_folders(tmp_path, "x")
-    write_image_folder(tmp_path / "test", ["a", "b"])
-    write_image_folder(tmp_path / "train", ["a"])
-    with pytest.raises(Unusable, match="train has 1 classes, not those of"):
-        open_folders(tmp_path, "x")
-    write_samples(tmp_path / "val-0.tar", [IMAGE | TEXT])
-    with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
-        datasets.open_icons(tmp_path)
-
-
-def test_a_picture_is_rgb(tmp_path: Path) -> None:
-    Image.new("P", (4, 2)).save(tmp_path / "palette.png")
-    assert Images([tmp_path / "palette.png"])[0].mode == "RGB"

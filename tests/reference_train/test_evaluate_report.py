@@ -1,4 +1,4 @@
-"""The tables of `evaluate` and `report`, and the paper's numbers in them."""
+"""The tables and merged records of `report`, and which published numbers they show."""
 
 import re
 from pathlib import Path
@@ -53,12 +53,6 @@ def test_a_committed_table_is_that_of_its_record(table: str) -> None:
     assert report.markdown(result) == path.read_text()
 
 
-def test_columns_are_in_the_order_of_their_numbers_and_losses() -> None:
-    runs = ("other", "512-c-cyclip-0", "64-clip-0", "cyclip-0", "clip-0")
-    titles = [column.title for column in report.columns(evaluation(dict.fromkeys(runs, 0.1)))]
-    assert titles == ["CLIP", "CyCLIP", "64 CLIP", "512 C-CyCLIP", "other"]
-
-
 def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path, monkeypatch) -> None:
     """Runs of the same weights are one column, and runs of others are two."""
     monkeypatch.chdir(tmp_path)
@@ -97,52 +91,6 @@ def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path, monk
             report.main(arguments.split())
 
 
-# There are 8 images, each with a caption of its own and a caption that all share. The intervals are
-# Wilson's score intervals.
-BY_HAND = """
-- **Failed: b: why**
-## own: 8 images, 9 train images, 8 classes, 2 templates, 16 captions
-| superclass | 50.0 (21.5–78.5) |  | 8 |
-| within the superclass, top-2 | 50.0 (21.5–78.5) |  | 8 |
-| linear probe | 50.0 (21.5–78.5) | 12.5 | 8 |
-| image → text, R@10 | 50.0 (21.5–78.5) | 100.0 | 8 |
-| text → image, R@5 | 50.0 (28.0–72.0) | 62.5 | 16 |
-| in-modal gap × 100 | 50.00 |  |  |
-"""
-
-
-def test_the_table_has_the_lines_of_one_written_by_hand(tmp_path: Path, capsys) -> None:
-    """The terminal shows only the most important metrics."""
-    described = {**SETS["icons"], "images": 8, "train_images": 9, "templates": 2, "captions": 16}
-    described["classes"] = {"class": 8}
-    numbers = dict.fromkeys(report.metrics_of(described), 0.5)
-    fields = {"data_sets": {"own": described}, "failed": {"b": "why"}}
-    report.main([write(tmp_path / "1", {"run": {"own": numbers}}, **fields)])
-    lines = iter((tmp_path / "1" / "table.md").read_text().splitlines())
-    assert [line for line in BY_HAND.strip().splitlines() if line not in lines] == []  # in order
-    printed = capsys.readouterr().out
-    for metric, is_shown in ("R@1", True), ("in-modal gap", True), ("R@5", False):
-        assert (metric in printed) == is_shown
-
-
-def test_the_papers_numbers_are_beside_ours_in_a_table_as_wide_as_its_heading() -> None:
-    sets = {"cifar10": SETS["icons"] | {"images": 10_000, "classes": {"class": 10}}}
-    runs = {f"clip-{seed}": {"cifar10": {"top1": 0.1}} for seed in (0, 1)}
-    text = report.markdown(evaluation(runs, data_sets=sets))
-    table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert {len(line) for line in table} == {len(table[0])}
-    top1 = dict(zip(table[0], table[1], strict=True))
-    papers = [top1[x] for x in ("CLIP, paper", "CyCLIP, paper", "CLIP, reproduced")]
-    assert papers == ["46.54 q", "51.45 q", "44.95 q"]
-    assert (top1["CLIP (2)"], top1["chance"]) == ("10.0 (10.0–10.0)", "10.0")
-    for line in (
-        "| consistency score, k = 1 |  | 44.60 c | 48.81 c |",
-        "- paper: Goel et al.",
-        "; q: quoted,",
-    ):
-        assert line in text
-
-
 PROBES = {"May 2022", "April 2022"}
 
 
@@ -165,25 +113,3 @@ def test_published_numbers_are_hidden_if_ours_are_of_other_images(
     assert {row.source for row in shown} == sources
     assert bool(notes) == bool(note)
     assert note in " ".join(notes)
-
-
-def test_the_csv_file_has_a_row_for_each_run_with_its_settings_and_numbers(tmp_path: Path) -> None:
-    """Runs of the same name in two folders are two rows."""
-    recall = {"image_to_text_r10": 0.1, "text_to_image_r10": 0.2}
-    measured = {"icons": {"numbers": {"top1": 0.5}, "groups": {"thin": recall}}}
-    for name, steps in (("a", 620), ("b", 1500)):
-        settings = {"loss": "clip", "seed": 0, "steps": steps, "path": "/home"}
-        sets = {"icons": SETS["icons"] | {"groups": {"thin": 100}, "mean_over": ["thin"]}}
-        result = evaluation({"clip-0": 0.5}, checkpoints={"clip-0": settings}, data_sets=sets)
-        measured["icons"]["numbers"]["top1"] = steps / 10_000
-        result |= {"results": {"clip-0": measured}, "history": {"clip-0": [{"loss": 1 / 3}]}}
-        records.save(result, tmp_path / name)
-    folders = [str(tmp_path / name) for name in "ab"]
-    report.main([*folders, "--out", f"{tmp_path}/out", "--csv", f"{tmp_path}/runs.csv"])
-    lines = (tmp_path / "runs.csv").read_text().replace(f"{tmp_path}/", "").splitlines()
-    assert lines == [
-        "run,loss,seed,steps,last loss,icons: top1,"
-        '"icons, thin: image_to_text_r10","icons, thin: text_to_image_r10","icons, thin: recall"',
-        "clip-0,clip,0,620,0.333333,0.062,0.1,0.2,0.15",
-        "b-clip-0,clip,0,1500,0.333333,0.15,0.1,0.2,0.15",
-    ]

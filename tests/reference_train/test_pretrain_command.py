@@ -3,7 +3,6 @@
 import json
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tars import write_tar
@@ -11,8 +10,8 @@ from webdataset.shardlists import expand_urls
 
 from reference_train.command_line import UsageError
 from reference_train.losses import LOSSES
-from reference_train.pretrain import presets, shards
 from reference_train.pretrain import pretrain as command
+from reference_train.pretrain import shards
 from reference_train.pretrain.presets import BATCH_SIZES
 
 pytest_plugins = ["pretraining"]
@@ -45,25 +44,6 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
     siglip = dry_run("--siglip")
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
-
-
-def test_the_presets_have_their_published_settings(dry_run, no_gpu, monkeypatch) -> None:
-    def settings(preset: str) -> list[Any]:
-        flags = f"--preset {preset} --data pipe:cat -- --train-num-samples 1 --workers 1"
-        args = dry_run(flags, batch="")
-        names = ["model", "batch_size", "epochs", "lr", "warmup", "wd", "beta2", "aug_cfg"]
-        return [getattr(args, name) for name in names] + [args.precision] * (preset != "icons")
-
-    uncropped, cropped = {"use_timm": True, "scale": (1, 1), "ratio": (1, 1)}, {"scale": (0.8, 1)}
-    assert uncropped == presets.NO_AUGMENTATION
-    paper = ["RN50-quickgelu", 128, 64, 5e-4, 1e4, 0.1, 0.999, uncropped, "fp32"]
-    assert settings("paper") == paper
-    assert settings("modern") == ["RN50", 1024, 30, 1e-3, 2000, 0.1, 0.999, {}, "fp32"]
-    assert settings("icons") == ["icons-rn-32", 1024, 20, 2e-3, 50, 0.1, 0.98, cropped]
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    assert settings("icons") == ["icons-rn-64", 1024, 120, 1e-3, 500, 0.1, 0.98, cropped]
-    args = dry_run("--dist-impl ring --reference-batch-size 64 -- --epochs 7")
-    assert (args.dist_impl, args.reference_batch_size, args.epochs) == ("ring", 64, 7)
 
 
 def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run) -> None:

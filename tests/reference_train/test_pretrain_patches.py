@@ -1,4 +1,4 @@
-"""The patches of OpenCLIP's trainer: what is read, logged and kept, and what stops a run."""
+"""The patches of OpenCLIP's trainer: what is read and kept, and what stops a run."""
 
 import errno
 import math
@@ -17,7 +17,6 @@ from open_clip_train.data import tarfile_to_samples_nothrow
 from tars import break_picture
 from torch import Tensor, nn
 
-from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.files import atomic_write
 from reference_train.pretrain import patches
@@ -47,16 +46,6 @@ def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
             saved = torch.load(file, weights_only=True)
             kept.append((saved["epoch"], saved["name"], saved["state_dict"]))
     assert kept == [(epoch, "run", {"weight": epoch}) for epoch in (4, 5, 5, 7)]
-
-
-def test_gaps_and_correlations_are_added_to_the_validation() -> None:
-    """OpenCLIP 4 passes batches of features."""
-    features = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
-    both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(*features).items()}
-    for image, text in (features, [x.split(4) for x in features]):
-        given = {"image_features": image, "text_features": text}
-        trainer = patches.TrainerPatches({})
-        assert trainer.get_clip_metrics(lambda **_: {"R@1": 0.5}, **given) == both
 
 
 def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
@@ -95,16 +84,6 @@ def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(other_ra
     other_rank.fill_(0)
     with pytest.raises(RunFailed, match="the model's weights are not finite"):
         patches.check_finite(model, args)
-
-
-def test_the_first_rank_logs_what_all_ranks_could_not_read(other_rank: Tensor, caplog) -> None:
-    trainer = patches.TrainerPatches({})
-    for rank in (0, 1):
-        trainer.args, trainer.lost = Namespace(**RANKS, rank=rank), Namespace(value=4)
-        assert trainer.train_one_epoch(lambda *_: "result", nn.Linear(1, 1), {}) == "result"
-        assert trainer.lost.value == 0
-    [logged] = caplog.messages
-    assert logged == "Unreadable in this epoch: 5 pairs or shards"
 
 
 def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,7 +121,9 @@ class Trainer(ModuleType):
         flags = {"accum_freq": 1, "skip_scheduler": False, "failure": "", "calls": True}
         flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
         flags |= settings
-        self.parse_args = lambda argv: Namespace(**flags)
+        parser = ArgumentParser()  # as OpenCLIP's, it takes abbreviations
+        parser.add_argument("--siglip", action="store_true")
+        self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
         self.theirs, self.version, self.device = theirs, version, torch.device("cpu")
         self.rates, self.lambdas, self.terms = [], [], []
@@ -177,6 +179,7 @@ RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
         # torchrun allows a "--" before the script's flags.
         (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **OF_128)),
         (SigLipLoss(), ("--siglip", *RING), CySigLIPLoss(dist_impl="ring", **OF_128)),
+        (SigLipLoss(), (*RING, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_128)),
         (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_128)),
         (Other(), (), WithCyclicPenalty(Other(), **OF_128)),
         (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_128)),
@@ -199,7 +202,7 @@ def test_a_loss_is_replaced_or_gets_the_penalties(
         assert repr(loss) == repr(ours)
         assert getattr(loss, "loss", theirs) is theirs
     # OpenCLIP gets its own flags only.
-    assert trainer.argv == ["--siglip"] * ("--siglip" in given) + ["--epochs", "3"]
+    assert trainer.argv == [x for x in given if x.startswith("--sig")] + ["--epochs", "3"]
 
 
 CAPTIONS = "--same-captions"
@@ -335,10 +338,15 @@ def test_help_prints_our_flags_and_open_clips_and_stops(capsys) -> None:
 
 @pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("same", ["ignored", "positives"])
-def test_the_loss_gets_ids_of_the_captions(version: str, same: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "ours", "flags"), [(ClipLoss, CyCLIPLoss, []), (SigLipLoss, CySigLIPLoss, ["--sig"])]
+)
+def test_the_loss_gets_ids_of_the_captions(
+    theirs, ours, flags, version: str, same: str, monkeypatch
+) -> None:
     """OpenCLIP itself passes no captions to the loss."""
-    trainer = launch(Trainer(ClipLoss(), version), monkeypatch, CAPTIONS, same)
-    loss_fn = CyCLIPLoss(reference_batch_size=128, same_ids=same)
+    trainer = launch(Trainer(theirs(), version), monkeypatch, CAPTIONS, same, *flags)
+    loss_fn = ours(**OF_128, same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
 
