@@ -61,7 +61,7 @@ class CySigLIPLoss(ContrastiveModule):
         TypeError, ValueError: as `CyCLIPLoss`.
 
     >>> loss_fn = CySigLIPLoss()
-    >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> features = torch.nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
     >>> loss_fn(features, features.detach(), logit_scale=10.0, logit_bias=-10.0).backward()
     """
 
