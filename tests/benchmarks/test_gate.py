@@ -77,7 +77,8 @@ def test_gate_compiles_every_kernel_with_and_without_ids_and_the_cross_product(
         for file in Path(kernels.__file__).parent.glob("*.py")
         for name in re.findall(r"^def (\w+)_kernel\(", file.read_text(), re.MULTILINE)
     }
-    assert {label.partition(" (")[0] for label in labels} == shipped
+    # Only tf32 rounds features.
+    assert {label.partition(" (")[0] for label in labels | found[1][0]} == shipped
     for kernel, flag in (
         ("contrastive_lse", "ids"),
         ("gram_matrices", "with_cross"),
