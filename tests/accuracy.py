@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import set_strip_rows
 from inputs import (
     FEATURES,
     NEGATIVES,
@@ -23,6 +22,7 @@ from inputs import (
     loss_dtype,
 )
 from rounding import bounds
+from support import set_strip_rows
 from torch import Tensor
 from torch.nn.functional import softplus
 

@@ -7,12 +7,12 @@ from itertools import accumulate
 import pytest
 import torch
 from accuracy import function_of
-from conftest import set_strip_rows
 from inputs import Case, Tensors
+from support import set_strip_rows
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from cyclip_loss import CyCLIPLoss, consistency_metrics, numerics
+from cyclip_loss import CyCLIPLoss, consistency_metrics
 
 D, STRIP_ROWS = 32, 64
 # Interpreted kernels are too slow for more rows.
@@ -140,11 +140,3 @@ def test_siglips_value_alone_takes_one_product() -> None:
     with torch.no_grad():
         found = flops(case, lambda case, given, impl: function_of(case, impl)(**given))
     assert found == 2 * 40 * 40 * 12
-
-
-@pytest.mark.parametrize(
-    ("num_columns", "rows"), [(4096, 1024), (16384, 512), (65536, 128), (2**20, 64)]
-)
-def test_strips_on_a_cpu_are_tall_enough_for_full_speed(num_columns: int, rows: int) -> None:
-    """They have 2^22 elements; up to 512 rows may take twice as many, and 64 rows any number."""
-    assert numerics.rows_per_strip(num_columns, torch.device("cpu")) == rows

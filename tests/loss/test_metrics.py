@@ -5,10 +5,10 @@ import math
 import inputs
 import pytest
 import torch
-from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, Case, cases, pairs
+from support import set_strip_rows
 
 from cyclip_loss import consistency_metrics
 
