@@ -50,10 +50,16 @@ def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(sizes, size, value)
 
 
-def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Make strips `rows` high (one tile in kernels) and blocks small. None: change nothing."""
-    if rows is None:
-        return
+@contextmanager
+def strips_of(rows: int | None) -> Iterator[None]:
+    """Strips are `rows` high (one tile in kernels), and blocks are small. None: as shipped."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rows is not None:
+            _set_strip_rows(monkeypatch, rows)
+        yield
+
+
+def _set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)

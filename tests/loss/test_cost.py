@@ -1,14 +1,14 @@
 """Large batches need no N x N matrix, and exactly the flops of the formulas."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 import pytest
 import torch
 from accuracy import function_of
 from inputs import Case, Tensors
-from support import set_strip_rows
+from support import strips_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,12 +42,12 @@ def step(case: Case, given: Tensors, impl: str) -> None:
 
 
 @pytest.fixture
-def n(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
+def n(impl: str, device: torch.device) -> Iterator[int]:
     """The number of rows, in several strips."""
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
-    set_strip_rows(monkeypatch, STRIP_ROWS)
-    return NUM_ROWS[impl]
+    with strips_of(STRIP_ROWS):
+        yield NUM_ROWS[impl]
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def flops(case: Case, work: Callable[..., object]) -> int:
     ],
 )
 def test_flops_are_those_of_the_formulas(
-    function: str, n: int, lambdas, n2d: int, nd2: int, monkeypatch
+    function: str, n: int, lambdas, n2d: int, nd2: int
 ) -> None:
-    set_strip_rows(monkeypatch, 7)
     case = Case(n, 12, lambdas=lambdas, function=function)
-    assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
+    with strips_of(7):
+        assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
 
 
 def test_siglips_value_alone_takes_one_product() -> None:

@@ -16,7 +16,7 @@ from accuracy import function_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, NEGATIVES, Case, Tensors, cases, counts
-from support import examples, set_strip_rows
+from support import examples, strips_of
 from torch import Tensor
 
 from cyclip_loss import (
@@ -80,8 +80,7 @@ class Batch:
         floats = {
             name: x.detach().requires_grad_() for name, x in given.items() if x.is_floating_point()
         }
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            set_strip_rows(monkeypatch, self.strip_rows)
+        with strips_of(self.strip_rows):
             value = function(**{**given, **floats})
             value.backward()
         grads = {
@@ -278,8 +277,7 @@ def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(
     kept = {name: x[~ignored] if x.ndim else x for name, x in leaves.items()}
 
     def first(**given: Any) -> Tensors:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            set_strip_rows(monkeypatch, batch.strip_rows)
+        with strips_of(batch.strip_rows):
             row, _, pair = contrastive_logsumexp(**given, one_way=True, impl=impl)
         return {"row": row[:1], "pair": pair[:1]}
 
@@ -415,8 +413,7 @@ def test_the_log_sum_exp_of_a_union_joins_those_of_its_parts(
     equal = torch.zeros(len(batch.ids), dtype=torch.int64, device=device)
 
     def rows(**given: Tensor) -> Tensor:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            set_strip_rows(monkeypatch, batch.strip_rows)
+        with strips_of(batch.strip_rows):
             return contrastive_logsumexp(**given, impl=impl)[0]
 
     joined = torch.logaddexp(rows(**pairs), rows(**features, ids=equal))
@@ -436,8 +433,7 @@ def test_a_batch_that_is_there_twice_has_each_negative_twice(
     twice = {name: torch.cat([x, x]) if x.ndim else x for name, x in once.items()}
 
     def results(given: Tensors, factor: int) -> Tensors:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            set_strip_rows(monkeypatch, batch.strip_rows)
+        with strips_of(batch.strip_rows):
             row, column, pair = contrastive_logsumexp(**given, impl=impl)
             siglip = CySigLIPLoss(same_ids="positives", impl=impl)(**given)
             penalties = CyclicPenalty(0.5, 0.25, impl=impl)(*[given[x] for x in FEATURES])
