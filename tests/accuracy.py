@@ -7,9 +7,7 @@ exceeds the bound that `rounding.py` derives for it.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pytest
 import torch
-from conftest import set_strip_rows
 from inputs import (
     FEATURES,
     NEGATIVES,
@@ -23,6 +21,7 @@ from inputs import (
     loss_dtype,
 )
 from rounding import bounds
+from support import strips_of
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -83,8 +82,7 @@ def evaluate(
     }
     copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     enabled = {"dtype": autocast, "enabled": autocast is not None}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        set_strip_rows(monkeypatch, case.strip_rows)
+    with strips_of(case.strip_rows):
         with torch.autocast(given["image_features"].device.type, **enabled):
             terms = one_contrastive_term(wrap(function_of(case, impl, **across_ranks))(**leaves))
         found = {name: term.detach().clone() for name, term in terms.items()}

@@ -10,12 +10,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,14 +22,13 @@ import torch
 from hypothesis import settings
 from interpreter import speed_up
 from pool import Ranks
+from support import fill_fresh_memory_with_nan, needs_triton, set_small_blocks
 
 from cyclip_loss import numerics
 
 # Their assertions, too, show the values that they compare.
 pytest.register_assert_rewrite("accuracy", "launches", "rank_cases", "recipe_cases")
 
-HAS_TRITON = find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 # What a test file or folder imports. Without these packages it is not collected.
 NEEDS = {
     "kernels": ("triton",),
@@ -51,11 +47,6 @@ collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_s
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=30)
 settings.register_profile("nightly", deadline=None, max_examples=300, print_blob=True)
 settings.load_profile("fast")
-
-
-def examples(share: float) -> settings:
-    """The number of a test's examples, relative to the profile's."""
-    return settings(max_examples=max(1, round(share * settings.default.max_examples)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,12 +107,6 @@ def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
     return request.param
 
 
-def fill_fresh_memory_with_nan() -> None:
-    """Fill uninitialised tensors with NaN, so that tests notice elements never written."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-
-
 @pytest.fixture(autouse=True, scope="session")
 def nan_in_fresh_memory() -> Iterator[None]:
     fill_fresh_memory_with_nan()
@@ -167,45 +152,3 @@ def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     set_small_blocks(monkeypatch)
     monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
     monkeypatch.setattr(usage_warnings, "_warned", set())
-
-
-@contextmanager
-def setting(name: str, value: Any) -> Iterator[None]:
-    """Set a setting of PyTorch, such as "float32_matmul_precision", and reset it at the end."""
-    before = getattr(torch, f"get_{name}")()
-    getattr(torch, f"set_{name}")(value)
-    try:
-        yield
-    finally:
-        getattr(torch, f"set_{name}")(before)
-
-
-def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let kernels that sum take several blocks."""
-    from cyclip_loss.kernels import configs
-
-    for config, size, value in (
-        (configs.JOIN_LSE, "TILES", 2),
-        (configs.SUM, "BLOCK", 2),
-    ):
-        for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once
-            monkeypatch.setitem(sizes, size, value)
-
-
-def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Make strips `rows` high (one tile in kernels) and blocks small. None: change nothing."""
-    if rows is None:
-        return
-    monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
-    monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
-    monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    if HAS_TRITON:
-        set_small_blocks(monkeypatch)
-        # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.
-        for name, limit, value in (
-            ("contrastive_lse", "PARTIAL_ELEMENTS", 1),
-            ("contrastive_grads", "BLOCK_ROWS", 1),
-            ("contrastive_grads", "BLOCK_ELEMENTS", 1),
-            ("gram_matrices", "MIN_SPLIT_ROWS", 4 * rows),
-        ):
-            monkeypatch.setattr(import_module(f"cyclip_loss.kernels.{name}"), limit, value)

@@ -149,7 +149,7 @@ def fork_context() -> Any:
 
 def _serve(rank: int, device: str, connection: Connection) -> None:
     """The main loop of a process: run commands until the connection is closed."""
-    from conftest import fill_fresh_memory_with_nan
+    from support import fill_fresh_memory_with_nan
 
     global _own_device
     _own_device = torch.device(f"cuda:{rank}" if device == "cuda" else device)

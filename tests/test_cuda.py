@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import check_loss, results
-from conftest import setting
 from inputs import Case
+from support import setting
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import parameters_to_vector
 
-from cyclip_loss import CyCLIPLoss, cached_backward
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, cached_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -66,6 +66,24 @@ def test_large_batches_are_accurate(n: int, d: int, scale: float, device) -> Non
     for index, (found, right) in enumerate(zip(actual, exact, strict=True)):
         eps = torch.finfo(found.dtype).eps * (1 if found.ndim else case.logit_scale)
         assert (found.double() - right).abs().max() <= eps * right.abs().max(), index
+
+
+@DTYPES
+def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device) -> None:
+    """It needs no oracle, which would take minutes. (`tests/loss/test_properties.py` has it, too.)
+
+    The logits have degree 2 in the features, and the penalties degree 4. Rounding of the gradients
+    moves the sum by at most eps of its terms' absolute values. In float32 each gradient is itself a
+    sum with several roundings, whose share is small in 16 bits.
+    """
+    case = Case(65536, 768, dtype, distance=0.3, logit_scale=12.0)
+    inputs = case.inputs(device)
+    _, *grads, scale_grad = results(make_loss(case, "triton"), *inputs)
+    penalties = CyclicPenalty(*case.lambdas, impl="triton")(*inputs[:2])
+    products = [x.double() * y for x, y in zip(inputs, grads, strict=False)]
+    error = sum(x.sum() for x in products) - 2 * inputs[2] * scale_grad - 4 * penalties
+    eps = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
+    assert error.abs() <= eps * sum(x.abs().sum() for x in products)
 
 
 @PRODUCTS

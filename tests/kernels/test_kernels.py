@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accuracy import check_loss, evaluate, results
-from conftest import setting
 from inputs import Case, normal
+from support import setting
 
 from benchmarks.gate import compile as gate
 from cyclip_loss import CyCLIPLoss, kernels, numerics, tune

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from cyclip_loss import CyCLIPWarning, kernels, tune, usage_warnings
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import HALF, config_for
+from cyclip_loss.logits import Logits
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 FEATURES = torch.ones(3, 256, dtype=BFLOAT16)
@@ -36,18 +37,6 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     configs.tuned.cache_clear()
     yield tmp_path / "cache" / "cyclip_loss" / "tiles.json"
     configs.tuned.cache_clear()
-
-
-def test_candidates_leave_room_for_two_programs_and_split_full_float32_into_tf32() -> None:
-    """128 x 128 with 8 warps in 4 parts; three products in tf32, for full float32 only."""
-    table = configs.ARCHITECTURES["sm_90"]["contrastive_grads"]
-    wanted = {"BM": 128, "BN": 128, "PARTS": 4}
-    for precision, dtype in ((HALF, BFLOAT16), (configs.TF32, torch.float32)):
-        found = tune.candidates(dtype, table[precision])
-        assert any(wanted.items() <= x.tile.items() and x.num_warps == 8 for x in found)
-        assert {x.tile["PRECISION"] for x in found} == {"tf32"}
-    found = tune.candidates(torch.float32, table[configs.IEEE])
-    assert {x.tile["PRECISION"] for x in found} == {"ieee", "tf32x3"}
 
 
 def remember(index: int = 1):
@@ -77,6 +66,7 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
     fault: str, file, monkeypatch, capsys
 ) -> None:
     def faulty(kernel: Any, *arguments: Any) -> Any:
+        assert all(x.symmetric for x in arguments if isinstance(x, Logits))  # the whole loss
         results = kernel(*arguments)
         if "resource" in fault:
             raise RuntimeError("out of resource")
@@ -200,29 +190,3 @@ def test_a_broken_file_gives_one_warning_with_its_path(change: tuple[str, str], 
     file.write_text(file.read_text().replace(*change))
     (message,) = warned()
     assert str(file) in message
-
-
-def test_a_file_that_cannot_be_changed_ends_the_command_with_an_error(
-    file, monkeypatch, capsys
-) -> None:
-    file.parent.mkdir(parents=True)
-    file.write_text("not ours")
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, [(KEY, 1.0, 1.0, SHIPPED)])
-    assert f"{file} can't be changed: " in capsys.readouterr().err
-    assert file.read_text() == "not ours"
-
-
-def test_the_command_asks_for_the_sizes_of_its_flags_and_needs_a_gpu(capsys, monkeypatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(tune, "tune", lambda device, *rest: asked.append(rest) or ())
-    for arguments in ([], ["--n", "1", "--d", "2", "--seconds", "3"]):
-        tune.main(arguments)
-    dtypes = [BFLOAT16, torch.float16, torch.float32]
-    assert asked == [(dtypes, 8192, 768, 300), (dtypes, 1, 2, 3)]
-    monkeypatch.setattr(tune, "architecture", lambda device: None)
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    for arguments, problem in (([], "no GPU on which the kernels run"), (["--n", "0"], "--n, --d")):
-        with pytest.raises(SystemExit):
-            tune.main(arguments)
-        assert problem in capsys.readouterr().err

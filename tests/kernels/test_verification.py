@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accuracy import evaluate
-from conftest import setting
 from inputs import Case
+from support import setting
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from cyclip_loss import CyCLIPWarning, engines, kernels
 from cyclip_loss.engines import eager, verification
@@ -46,14 +46,23 @@ def run(call: Callable[[], Any]) -> tuple[Any, list[str]]:
     return results, [str(w.message) for w in caught if w.category is CyCLIPWarning]
 
 
-def scaled(index: int, original: Any, *arguments: Any) -> Any:
+def scaled(index: int, original: Any, *arguments: Any, factor: float = 1.1) -> Any:
     results = original(*arguments)
-    tree_leaves(results)[index].mul_(1.1)
+    tree_leaves(results)[index].mul_(factor)
     return results
 
 
 def without_nan(original: Any, *arguments: Any) -> Any:
     return tree_map_only(Tensor, torch.nan_to_num, original(*arguments))
+
+
+def without_nan_in(index: int, original: Any, *arguments: Any) -> Any:
+    """Hides NaN in the first or second features or vector."""
+    leaves, spec = tree_flatten(arguments)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.numel() > 1]
+    place = places[min(index, len(places) - 1)]
+    leaves[place] = leaves[place].nan_to_num()
+    return original(*tree_unflatten(leaves, spec))
 
 
 def with_ids(change: Callable[[Tensor], Tensor], original: Any, logits: Any, *rest: Any) -> Any:
@@ -88,6 +97,7 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lambdas": (0.25, 0.5)}, (GRAMS, CYCLIC, CYCLIC_GRADS)),
     ({"output_dict": True}, (GRAMS, CYCLIC, CYCLIC_GRADS)),
     ({"image_layout": "rows 8 elements wider"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),
+    ({"image_layout": "8 bytes off"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),
 ]
 
 
@@ -125,7 +135,7 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         original = getattr(kernels, function)
         results = enumerate(tree_leaves(original(*arguments)))
         faults = [partial(scaled, index) for index, x in results if x is not None and x.any()]
-        faults += [] if options else [without_nan]
+        faults += [] if options else [without_nan, *(partial(without_nan_in, i) for i in (0, 1))]
         if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
             faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
             faults += [partial(with_ids, lambda ids: ids.clamp(min=0))]
@@ -135,12 +145,34 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         monkeypatch.setattr(kernels, function, original)
 
 
-@pytest.mark.parametrize("partner_offset", [-2, 2])
-def test_a_fault_with_columns_of_another_rank_is_noticed(partner_offset: int, monkeypatch) -> None:
-    """In a ring, their pairs are before or behind the rows."""
+def test_a_small_fault_in_float32_is_noticed(monkeypatch) -> None:
+    """One that rounding explains in bfloat16."""
+    with monkeypatch.context() as patch:
+        compared = recorded_comparisons(patch)
+        for function in ("cyclip", "siglip"):
+            case = Case(6, 4, function=function)
+            evaluate(case, case.arguments("cpu"), "auto")
+    engine = verified(torch.float32)
+    assert engine.problem is None
+    assert {function for function, _ in compared} == {*PLAIN, SIGMOID}
+    for function, arguments in compared:
+        original = getattr(kernels, function)
+        monkeypatch.setattr(kernels, function, partial(scaled, 0, original, factor=1.001))
+        assert engine.compare(function, arguments) is not None, function
+        monkeypatch.setattr(kernels, function, original)
+
+
+@pytest.mark.parametrize(("partner_offset", "clamp"), [(-2, max), (2, min)])
+def test_a_fault_with_columns_of_another_rank_is_noticed(
+    partner_offset: int, clamp: Any, monkeypatch
+) -> None:
+    """In a ring, their pairs are before or behind the rows. The kernel is wrong only there."""
     original, engine = kernels.contrastive_lse, verified(BFLOAT16)
-    without_offset = lambda logits: original(logits._replace(partner_offset=0))  # noqa: E731
-    monkeypatch.setattr(kernels, LSE, without_offset)
+
+    def clamped(logits: Logits) -> Any:
+        return original(logits._replace(partner_offset=clamp(0, logits.partner_offset)))
+
+    monkeypatch.setattr(kernels, LSE, clamped)
     logits = Logits(*Case(6, 4, BFLOAT16).inputs("cpu"))
     engine.contrastive_lse(logits)
     assert engine.problem is None
@@ -184,6 +216,7 @@ def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(VerifiedKernels, "compare", no_memory)
+        patch.setattr(kernels, GRADS, fails)
         _, messages = run(step)
     assert messages == []
     compared = recorded_comparisons(monkeypatch)

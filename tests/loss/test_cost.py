@@ -1,18 +1,18 @@
 """Large batches need no N x N matrix, and exactly the flops of the formulas."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 import pytest
 import torch
 from accuracy import function_of
-from conftest import set_strip_rows
 from inputs import Case, Tensors
+from support import strips_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from cyclip_loss import CyCLIPLoss, consistency_metrics, numerics
+from cyclip_loss import CyCLIPLoss, consistency_metrics
 
 D, STRIP_ROWS = 32, 64
 # Interpreted kernels are too slow for more rows.
@@ -42,12 +42,12 @@ def step(case: Case, given: Tensors, impl: str) -> None:
 
 
 @pytest.fixture
-def n(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
+def n(impl: str, device: torch.device) -> Iterator[int]:
     """The number of rows, in several strips."""
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
-    set_strip_rows(monkeypatch, STRIP_ROWS)
-    return NUM_ROWS[impl]
+    with strips_of(STRIP_ROWS):
+        yield NUM_ROWS[impl]
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def flops(case: Case, work: Callable[..., object]) -> int:
     ],
 )
 def test_flops_are_those_of_the_formulas(
-    function: str, n: int, lambdas, n2d: int, nd2: int, monkeypatch
+    function: str, n: int, lambdas, n2d: int, nd2: int
 ) -> None:
-    set_strip_rows(monkeypatch, 7)
     case = Case(n, 12, lambdas=lambdas, function=function)
-    assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
+    with strips_of(7):
+        assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
 
 
 def test_siglips_value_alone_takes_one_product() -> None:
@@ -140,11 +140,3 @@ def test_siglips_value_alone_takes_one_product() -> None:
     with torch.no_grad():
         found = flops(case, lambda case, given, impl: function_of(case, impl)(**given))
     assert found == 2 * 40 * 40 * 12
-
-
-@pytest.mark.parametrize(
-    ("num_columns", "rows"), [(4096, 1024), (16384, 512), (65536, 128), (2**20, 64)]
-)
-def test_strips_on_a_cpu_are_tall_enough_for_full_speed(num_columns: int, rows: int) -> None:
-    """They have 2^22 elements; up to 512 rows may take twice as many, and 64 rows any number."""
-    assert numerics.rows_per_strip(num_columns, torch.device("cpu")) == rows

@@ -4,19 +4,20 @@ import pytest
 import rounding
 import torch
 from accuracy import check_loss, exact_results
-from conftest import examples, needs_triton, setting
 from hypothesis import given
 from inputs import (
     DTYPES,
     FEATURES,
     FOR_KERNELS,
     FUNCTIONS,
+    INPUTS,
     VIEWS,
     Case,
     cases,
     for_kernels,
     with_cases,
 )
+from support import examples, needs_triton, setting
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, contrastive_logsumexp, numerics, reference
@@ -60,6 +61,9 @@ HARD = [
     Case(90, 20, WIDE, distinct_ids=9, same_ids="positives", negatives=(7, 5), **SIGLIP),
     Case(9, 20, WIDE, distinct_ids=5, negatives=(3, 2), **SIGLIP),  # dense
     Case(70, 40, torch.float16, distance=0.003, logit_scale=100.0, **SIGLIP),
+    Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP),  # only the bias is trained
+    # Gradients that float16 holds only after they are multiplied by the upstream gradient.
+    Case(300, 8, torch.float16, logit_scale=0.01, upstream=(2.0**16,) * 3, **SIGLIP),
 ]
 
 

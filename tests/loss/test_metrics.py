@@ -5,10 +5,10 @@ import math
 import inputs
 import pytest
 import torch
-from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, Case, cases, pairs
+from support import strips_of
 
 from cyclip_loss import consistency_metrics
 
@@ -56,8 +56,7 @@ def test_metrics_equal_their_dense_definitions(case: Case, device) -> None:
     """They are computed under autocast here, which must not cast anything."""
     given = case.arguments(device)
     image, text = (given[name] for name in FEATURES)
-    with pytest.MonkeyPatch.context() as monkeypatch, torch.autocast(device.type, torch.bfloat16):
-        set_strip_rows(monkeypatch, case.strip_rows)
+    with strips_of(case.strip_rows), torch.autocast(device.type, torch.bfloat16):
         metrics = consistency_metrics(image, text)
     expected = dense_metrics(image, text)
     assert list(metrics) == list(expected)

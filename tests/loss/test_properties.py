@@ -6,15 +6,17 @@ law that fails is printed with a batch that one can compute by hand.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from math import log
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import function_of
-from conftest import examples, set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, NEGATIVES, Case, Tensors, cases, counts
+from support import examples, strips_of
 from torch import Tensor
 
 from cyclip_loss import (
@@ -78,8 +80,7 @@ class Batch:
         floats = {
             name: x.detach().requires_grad_() for name, x in given.items() if x.is_floating_point()
         }
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            set_strip_rows(monkeypatch, self.strip_rows)
+        with strips_of(self.strip_rows):
             value = function(**{**given, **floats})
             value.backward()
         grads = {
@@ -276,8 +277,7 @@ def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(
     kept = {name: x[~ignored] if x.ndim else x for name, x in leaves.items()}
 
     def first(**given: Any) -> Tensors:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            set_strip_rows(monkeypatch, batch.strip_rows)
+        with strips_of(batch.strip_rows):
             row, _, pair = contrastive_logsumexp(**given, one_way=True, impl=impl)
         return {"row": row[:1], "pair": pair[:1]}
 
@@ -293,6 +293,155 @@ def test_equal_images_and_texts_have_no_penalty(batch: Batch, impl: str, device)
     penalties = CyclicPenalty(1, 2, impl=impl)
     for name, x in batch.gradients(penalties, dict.fromkeys(FEATURES, image)).items():
         assert not x.any(), name
+
+
+def times(factor: float, given: Tensors, *names: str) -> Tensors:
+    return given | {name: factor * given[name] for name in names if name in given}
+
+
+def padded(given: Tensors, columns: int, **values: float) -> Tensors:
+    """Features with more columns. values: of a kind of features; 0 by default."""
+    return {
+        name: F.pad(x, (0, columns), value=values.get(name.split("_")[-2], 0.0))
+        if x.ndim == 2
+        else x
+        for name, x in given.items()
+    }
+
+
+@examples(0.5)
+@given(batch=batches())
+def test_eulers_identity_holds(batch: Batch, impl: str, device) -> None:
+    """It needs no oracle. The logits have degree 2 in the features, and the penalties degree 4."""
+    given = batch.arguments(impl, device)
+    found = batch.loss(given, impl)
+    weights = [x / 8 for x in batch.lambdas]
+    penalties = CyclicPenalty(*weights, impl=impl)(*[given[name] for name in FEATURES])
+    products = {name: (x * found[name]).sum() for name, x in given.items() if name in found}
+    right = 2 * products.pop("logit_scale") + 4 * penalties
+    products.pop("logit_bias", None)
+    assert_equal({"sum": sum(products.values())}, {"sum": right}, impl)
+
+
+@examples(0.5)
+@given(batch=batches())
+def test_a_common_factor_scales_the_penalties_and_may_move_into_the_scale(
+    batch: Batch, impl: str, device
+) -> None:
+    """A factor of 2 gives the penalties 16 times the value. -1 for all texts changes no penalty."""
+    given = batch.arguments(impl, device, *FEATURES)
+    penalties = partial(batch.gradients, CyclicPenalty(0.5, 0.25, impl=impl))
+    expected = penalties(given)
+    larger = times(16, times(8, expected, *FEATURES), "value")
+    assert_equal(penalties(times(2, given, *FEATURES)), larger, impl)
+    opposite = times(-1, given, "text_features")
+    assert_equal(penalties(opposite), times(-1, expected, "text_features"), impl)
+
+    batch = replace(batch, lambdas=(0, 0))
+    given, features = batch.arguments(impl, device), (*FEATURES, *NEGATIVES)
+    expected = times(4, times(0.5, batch.loss(given, impl), *features), "logit_scale")
+    moved = times(0.25, times(2, given, *features), "logit_scale")
+    assert_equal(batch.loss(moved, impl), expected, impl)
+
+
+@examples(0.5)
+@given(batch=batches())
+def test_columns_of_zeros_change_nothing(batch: Batch, impl: str, device) -> None:
+    given = batch.arguments(impl, device)
+    expected = padded(batch.loss(given, impl), 9)
+    assert_equal(batch.loss(padded(given, 9), impl), expected, impl)
+
+
+@examples(0.5)
+@given(batch=batches())
+def test_the_names_of_ids_and_the_order_of_negatives_do_not_matter(
+    batch: Batch, impl: str, device
+) -> None:
+    new = torch.tensor([2**62 + 7, -5, 0, -(2**63), 2**32], device=device)
+
+    def flipped(tensors: Tensors) -> Tensors:
+        return {name: x.flip(0) if "negative" in name else x for name, x in tensors.items()}
+
+    given = batch.arguments(impl, device)
+    renamed = given | {name: new[x] for name, x in given.items() if name in IDS}
+    assert_equal(batch.loss(flipped(renamed), impl), flipped(batch.loss(given, impl)), impl)
+
+
+@examples(0.5)
+@given(batch=batches())
+def test_more_negatives_never_lower_the_loss(batch: Batch, impl: str, device) -> None:
+    given = batch.arguments(impl, device)
+    fewer = {name: x for name, x in given.items() if "negative" not in name}
+    more, less = (batch.loss(tensors, impl)["value"] for tensors in (given, fewer))
+    assert more >= less - TOLERANCE[impl] * (1 + less.abs())
+
+
+@examples(0.5)
+@given(batch=batches())
+def test_the_bias_of_siglip_is_one_more_column_of_the_features(
+    batch: Batch, impl: str, device
+) -> None:
+    """1 for all images, and b for all texts, adds s b to each logit."""
+    batch = replace(batch, lambdas=(0, 0), logit_bias=batch.logit_bias or -9)
+    given = batch.arguments(impl, device)
+    value = lambda tensors: {"value": batch.loss(tensors, impl)["value"]}  # noqa: E731
+    with_bias = given | {"logit_bias": given["logit_bias"] + 0.5 * given["logit_scale"]}
+    assert_equal(value(padded(given, 1, image=1.0, text=0.5)), value(with_bias), impl)
+
+
+@examples(0.5)
+@given(batch=batches(), size=st.integers(1, 300))
+def test_a_reference_batch_size_divides_the_penalties_by_the_batch_size(
+    batch: Batch, size: int, impl: str, device
+) -> None:
+    given = batch.arguments(impl, device)
+    share = size / len(batch.ids)
+    same = replace(batch, lambdas=tuple(x * share for x in batch.lambdas))
+    module = batch.module(impl, reference_batch_size=size, same_ids=batch.same_ids)
+    assert_equal(batch.gradients(module, given), same.loss(given, impl), impl)
+
+
+@examples(0.5)
+@given(batch=batches(False))
+def test_the_log_sum_exp_of_a_union_joins_those_of_its_parts(
+    batch: Batch, impl: str, device
+) -> None:
+    """With equal ids, the texts of other pairs are no negatives, and the extra texts alone are."""
+    features = batch.arguments(impl, device, *FEATURES, "logit_scale", NEGATIVES[0])
+    features.setdefault(NEGATIVES[0], features["text_features"].flip(0))
+    pairs = {name: x for name, x in features.items() if name != NEGATIVES[0]}
+    equal = torch.zeros(len(batch.ids), dtype=torch.int64, device=device)
+
+    def rows(**given: Tensor) -> Tensor:
+        with strips_of(batch.strip_rows):
+            return contrastive_logsumexp(**given, impl=impl)[0]
+
+    joined = torch.logaddexp(rows(**pairs), rows(**features, ids=equal))
+    assert_equal({"rows": rows(**features)}, {"rows": joined}, impl)
+
+
+@examples(0.5)
+@given(batch=batches(False))
+def test_a_batch_that_is_there_twice_has_each_negative_twice(
+    batch: Batch, impl: str, device
+) -> None:
+    """If copies have the same id. SigLIP's loss and the paper's penalties are twice as large: they
+    are means over N x N elements, times N.
+    """
+    once = batch.arguments(impl, device, *FEATURES, "logit_scale")
+    once["ids"] = torch.tensor(batch.ids, device=device)
+    twice = {name: torch.cat([x, x]) if x.ndim else x for name, x in once.items()}
+
+    def results(given: Tensors, factor: int) -> Tensors:
+        with strips_of(batch.strip_rows):
+            row, column, pair = contrastive_logsumexp(**given, impl=impl)
+            siglip = CySigLIPLoss(same_ids="positives", impl=impl)(**given)
+            penalties = CyclicPenalty(0.5, 0.25, impl=impl)(*[given[x] for x in FEATURES])
+        vectors = {"row": row + log(factor), "column": column + log(factor), "pair": pair}
+        repeated = {name: torch.cat([x] * factor) for name, x in vectors.items()}
+        return repeated | {"siglip": factor * siglip, "penalties": factor * penalties}
+
+    assert_equal(results(twice, 1), results(once, 2), impl)
 
 
 @examples(0.2)

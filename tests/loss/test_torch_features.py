@@ -9,10 +9,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accuracy import evaluate, function_of, graphs, results
-from conftest import examples, needs_triton
 from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, INPUTS, Case, cases, counts
+from support import examples, needs_triton
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from towers import PlainClip
@@ -33,6 +33,7 @@ WIDE = torch.float64
 @example(case=Case(10, 30, torch.float16))
 @example(case=Case(10, 6, function="penalties"))
 @example(case=Case(30, 6, function="log-sum-exps"))
+@example(case=Case(30, 6, function="siglip"))
 def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     case: Case, impl: str, device
 ) -> None:

@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import examples, needs_triton
 from hypothesis import given
 from hypothesis import strategies as st
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
+from support import examples, needs_triton
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, consistency_metrics

@@ -22,7 +22,6 @@ from cyclip_loss import (
     consistency_metrics,
     usage_warnings,
 )
-from cyclip_loss.ranks import agreement
 
 Call = dict[str, Any]  # the options of a rank's `Case`, and these of the function under test:
 NO_EFFECT = (
@@ -113,10 +112,6 @@ def test_options_without_effect_may_differ(ranks: Ranks) -> None:
     clip = {"local_loss": True, "gather_with_grad": True, **flags}
     siglip = SIGLIP | {"bidir": False, "chunk_size": 64, **flags}
     assert run_steps(ranks, ({}, clip), (SIGLIP, siglip)) == [("right",) * 2] * 2
-
-
-def test_an_error_of_more_than_16_ranks_lists_each_value_once() -> None:
-    assert agreement._listed([128, None] * 10) == "128, None on 20 ranks"
 
 
 def test_with_uneven_a_later_call_without_penalties_is_an_error_on_both_ranks(ranks: Ranks) -> None:

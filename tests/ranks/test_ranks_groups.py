@@ -102,6 +102,16 @@ def test_wrong_groups_and_ranks_are_refused_without_communication(ranks: Ranks) 
     assert outside[2] == "ValueError: process_group does not contain this process, rank 2"
 
 
+def stored(rank: int, world_size: int) -> bytes:
+    return pickle.dumps(CyCLIPLoss(process_group=dist.new_group([0, 1])))
+
+
+def test_a_stored_loss_of_a_group_works_in_one_process(ranks: Ranks) -> None:
+    loss, _ = map(pickle.loads, ranks.run(2, stored))
+    inputs = RankCase().rank_inputs(0)
+    torch.testing.assert_close(loss(*inputs), CyCLIPLoss()(*inputs), rtol=0, atol=0)
+
+
 def alone(rank: int, world_size: int) -> list[Any]:
     """All results on the first rank only. The other ranks make no call."""
     if rank > 0:

@@ -98,6 +98,8 @@ def test_coarse_and_fine_accuracy_are_those_counted_by_hand() -> None:
     expected = {"coarse": 1 / 3, "coarse_top2": 2 / 3, "coarse_top3": 1}
     expected |= {"fine": 1 / 3, "fine_top2": 1, "fine_top3": 1}
     assert found == pytest.approx(expected)
+    one = metrics.coarse_and_fine(scores, torch.eye(5), torch.tensor([2, 3, 4]), superclass * 0)
+    assert (one["coarse"], one["coarse_top3"]) == (1, 1)  # there is no other superclass
 
 
 def test_the_linear_probe_has_the_accuracy_of_the_authors_recipe() -> None:

@@ -1,17 +1,12 @@
-"""The icons, from a package made here: which are taken, and how they are named and drawn."""
+"""The icons, from a package made here: which are taken and held out, and what is recorded."""
 
 import faulthandler
 import hashlib
-import io
 import json
-import random
 import sys
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from tars import write_tar
 
 from reference_train.command_line import RunFailed, UsageError
@@ -114,54 +109,6 @@ def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(built
     assert max(sizes.values()) == 6
 
 
-# Each sample of `SETS` in the order of the shards: its caption, the name and the style of held-out
-# icons, and the colours of a pixel in the icon and of one outside it.
-BUILT = """
-thing-ex-outline: thing ex icon, Plain Icons [206, 176, 217] on [26, 10, 7]
-thing-cx-outline: a drawing of thing cx [0, 0, 0] on [255, 255, 255]
-alarm-clock-outline: alarm clock [0, 0, 0] on [255, 255, 255]
-thing-fx-outline: a picture of thing fx [76, 148, 100] on [255, 255, 255]
-thing-hx-outline: an icon of thing hx [0, 0, 0] on [255, 255, 255]
-thing-dx-outline: thing dx [79, 74, 152] on [243, 248, 225]
-wide: wide [255, 255, 255] on [255, 255, 255]
-alarm-clock-16: a picture of alarm clock [225, 214, 248] on [47, 25, 12]
-thing-ax-outline: a drawing of thing ax [0, 0, 0] on [255, 255, 255]
-thing-gx-outline: thing gx icon, Plain Icons [thing gx] [outline] [173, 224, 246] on [12, 46, 42]
-traffic-light: a drawing of traffic [traffic] [light] [0, 0, 0] on [255, 255, 255]
-red-box: red box [red box] [] [255, 0, 0] on [255, 255, 255]
-thing-bx-outline: thing bx [thing bx] [outline] [62, 32, 225] on [228, 242, 203]
-"""
-
-
-def test_the_shards_have_the_known_names_captions_and_colours(built: Path) -> None:
-    lines = []
-    for key, sample in samples(built).items():
-        with Image.open(io.BytesIO(sample.image)) as image:
-            assert (image.size, image.mode) == ((64, 64), "RGB")
-            ink, ground = np.asarray(image)[[20, 0], [20, 63]].tolist()
-        info = "".join(f" [{sample.info[name]}]" for name in ("name", "style") if sample.info)
-        lines.append(f"{key.split('__')[1]}: {sample.caption}{info} {ink} on {ground}")
-    assert lines == BUILT.strip().splitlines()
-
-
-def test_words_of_style_are_those_that_two_percent_of_the_names_have() -> None:
-    names = ["bold-cat", "bold-dog", "cat-thin", "dog-thin", "cat-light", *["thin"] * 95]
-    assert icon_sets.style_words(names) == {"bold", "thin"}
-
-
-def test_an_icon_without_a_view_box_has_that_of_its_set() -> None:
-    drawings = {"cat": {"body": "CAT", "hFlip": True, "width": 8}, "dog": {"body": "DOG"}}
-    content = {"icons": {**drawings, "us": {"body": ""}}, "left": 1, "top": 2, "height": 12}
-    content["categories"] = {"PetsAndMore": ["cat"], "Flags": ["us"]}
-    left_out: Counter[str] = Counter()
-    cat, dog = icon_sets.read_set("set", content, left_out)
-    assert cat[:5] == ("set__cat", "set", "cat", "", "pets and more")
-    assert 'viewBox="-1 2 12 12" width="12" height="12"><g transform="translate(10 0)' in cat.svg
-    assert 'viewBox="1 0 16 16" width="16" height="16">DOG<' in dog.svg
-    assert 'viewBox="0 0 16 16"' in icon_sets.square_svg({"body": ""})
-    assert left_out == {"logos and flags in other sets": 1}
-
-
 @pytest.fixture(scope="module")
 def two_sets(tmp_path_factory) -> str:
     """A package of eight names, each in two sets."""
@@ -192,15 +139,6 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(
     assert not [s for s in train if any(name in s.caption for name in held_out)]
 
 
-def test_a_caption_is_the_name_if_the_icon_lacks_what_the_template_needs() -> None:
-    always = {"cat", "a small drawing of cat", "cat icon, Set"}
-    always |= {f"{words} cat" for words in ("a drawing of", "a picture of", "an icon of")}
-    for lacks, other in ("style", "cat, pets"), ("group", "cat, bold"):
-        icon = icon_sets.Icon("key", "set", "cat", "bold", "pets", "")._replace(**{lacks: ""})
-        found = {icon_sets.caption(icon, "Set", random.Random(seed)) for seed in range(300)}
-        assert found == {*always, other}
-
-
 def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     two_sets: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -211,10 +149,10 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(Path(two_sets).read_bytes()).hexdigest())
     icons.main(f"--out {tmp_path}/whole --package {two_sets}".split())
-    icons.main(f"--out {tmp_path}/some --limit 3".split())
+    icons.main(f"--out {tmp_path}/some --limit 1".split())
     manifest = manifest_of(tmp_path / "some")
     assert manifest["package"] == icons.URL
-    assert (sum(manifest["pairs"].values()), manifest["limit"]) == (3, 3)
+    assert (sum(manifest["pairs"].values()), manifest["limit"]) == (1, 1)
     assert samples(tmp_path / "some").items() <= samples(tmp_path / "whole").items()
 
 
@@ -227,7 +165,6 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
         ("--out out --pictures-of-a-name -1", "--pictures-of-a-name: must be a whole number >= 0"),
         ("", "arguments are required: --out"),
         ("--out .", "--out .*: already exists"),
-        ("--out /proc/icons", "--out: /proc/icons can't be written"),
     ],
 )
 def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(

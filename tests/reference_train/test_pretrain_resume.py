@@ -44,7 +44,7 @@ CHANGES = """
 --model RN101, --seed 1, --epochs 40, --lr 1e-4, --wd 1, --warmup 1, --beta1 0.5, --eps 1e-3
 --batch-size 4, --accum-freq 2, --precision bf16, --grad-clip-norm 1, --train-num-samples 9
 --lambda-inmodal 1, --reference-batch-size 64, --same-captions ignored, --lr-scheduler const
---lambda-warmup 9, --force-image-size 48, --siglip, --lock-image
+--lambda-warmup 9, --force-image-size 48, --siglip, --lock-image, --lock-text
 --use-bn-sync, --local-loss
 """
 
@@ -60,9 +60,19 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
         resume_run(opt="lion")
 
 
+def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path: Path) -> None:
+    resume_run()
+    file = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"
+    file.unlink()
+    file.with_suffix("").mkdir()
+    resume_run()
+    with pytest.raises(UsageError, match="begun with seed = "):
+        resume_run("--seed 1")
+
+
 def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, monkeypatch) -> None:
     """A new version of OpenCLIP may add such a flag."""
-    resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug")
+    resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug --val-frequency 2")
     resume_run(**dict.fromkeys(resume.MAY_DIFFER, "another value"))
     parse_args = command.trainer.parse_args
 

@@ -93,9 +93,10 @@ def test_the_printed_module_trains_with_views_if_they_are_asked_for(monkeypatch)
         monkeypatch.setattr(trainer, name, name)
     run = lambda flags: runs.append((flags, trainer.get_data))  # noqa: E731
     monkeypatch.setattr(views.open_clip_train, "main", run)
-    for flags in ([], ["--views", "own"]):
+    for flags in (["--help"], [], ["--views", "own"]):
         views.main([*flags, "--epochs", "3"])
-    (without, get_data), (with_views, patched) = runs
+    (for_help, _), (without, get_data), (with_views, patched) = runs
     assert [without, with_views] == [["--epochs", "3"]] * 2
+    assert for_help[0] == "--help"  # which OpenCLIP's parser answers
     assert get_data == "get_data"
     assert patched.func.__self__.how == "own"

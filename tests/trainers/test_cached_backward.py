@@ -14,7 +14,10 @@ import pool
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from pool import Ranks, own_device
+from support import examples
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
@@ -121,25 +124,20 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
 
 
 def compare_steps(
-    training: bool = True,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ids: Tensor | None = None,
     kind: type[Model] = Model,
 ) -> None:
-    """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives.
-
-    In evaluation, when rows do not depend on each other, a mini-batch has one row.
-    """
-    model, expected_model = wrap(make(training, kind)), make(training, kind)
-    mini_batch_size, count = (4, 3) if training else (1, 1)
+    """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives."""
+    model, expected_model = wrap(make(kind=kind)), make(kind=kind)
     loss_fn, batch = CyCLIPLoss(reference_batch_size=16), inputs(count=2 if ids is None else 5)
     for _ in range(2):  # gradients add up
         torch.manual_seed(2)
-        expected = joined_loss(expected_model, loss_fn, *batch, count=count, ids=ids)
+        expected = joined_loss(expected_model, loss_fn, *batch, count=3, ids=ids)
         expected.backward()
         after = torch.rand(1), torch.rand(1, device=own_device())
         torch.manual_seed(2)
-        loss = cached_backward(model, loss_fn, *batch, mini_batch_size=mini_batch_size, ids=ids)
+        loss = cached_backward(model, loss_fn, *batch, mini_batch_size=4, ids=ids)
         assert (torch.rand(1), torch.rand(1, device=own_device())) == after
         torch.testing.assert_close(loss, expected.detach())
         assert not loss.requires_grad
@@ -154,7 +152,6 @@ def with_inner_checkpoints(model: Model) -> Model:
 
 CASES: dict[str, Names] = {
     "dropout": {},
-    "one row": {"training": False},
     "compiled": {"wrap": lambda model: torch.compile(model, backend="aot_eager")},
     "inner checkpoints": {"wrap": with_inner_checkpoints},
     "views, negatives and ids": {"ids": torch.arange(N) % 7},
@@ -164,6 +161,16 @@ CASES: dict[str, Names] = {
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_and_buffers_are_those_of_one_graph(case: str) -> None:
     compare_steps(**CASES[case])
+
+
+@examples(0.5)
+@given(rows=st.integers(1, 12), mini_batch_size=st.integers(1, 14))
+def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: int) -> None:
+    """In evaluation, when rows do not depend on each other."""
+    model, expected_model = make(training=False), make(training=False)
+    cached_backward(model, CyCLIPLoss(), *inputs(rows), mini_batch_size=mini_batch_size)
+    joined_loss(expected_model, CyCLIPLoss(), *inputs(rows), count=1).backward()
+    assert_close(results(model), results(expected_model))
 
 
 @pytest.mark.parametrize("compiled", ["a copy", "the model", "its locked tower"])

@@ -1,0 +1,75 @@
+"""What several test files need besides fixtures: examples, PyTorch's settings, small strips."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from cyclip_loss import numerics
+
+HAS_TRITON = find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+
+def examples(share: float) -> settings:
+    """The number of a test's examples, relative to the profile's."""
+    return settings(max_examples=max(1, round(share * settings.default.max_examples)))
+
+
+def fill_fresh_memory_with_nan() -> None:
+    """Fill uninitialised tensors with NaN, so that tests notice elements never written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@contextmanager
+def setting(name: str, value: Any) -> Iterator[None]:
+    """Set a setting of PyTorch, such as "float32_matmul_precision", and reset it at the end."""
+    before = getattr(torch, f"get_{name}")()
+    getattr(torch, f"set_{name}")(value)
+    try:
+        yield
+    finally:
+        getattr(torch, f"set_{name}")(before)
+
+
+def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels that sum take several blocks."""
+    from cyclip_loss.kernels import configs
+
+    for config, size, value in (
+        (configs.JOIN_LSE, "TILES", 2),
+        (configs.SUM, "BLOCK", 2),
+    ):
+        for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once
+            monkeypatch.setitem(sizes, size, value)
+
+
+@contextmanager
+def strips_of(rows: int | None) -> Iterator[None]:
+    """Strips are `rows` high (one tile in kernels), and blocks are small. None: as shipped."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rows is not None:
+            _set_strip_rows(monkeypatch, rows)
+        yield
+
+
+def _set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
+    monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
+    if HAS_TRITON:
+        set_small_blocks(monkeypatch)
+        # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.
+        for name, limit, value in (
+            ("contrastive_lse", "PARTIAL_ELEMENTS", 1),
+            ("contrastive_grads", "BLOCK_ROWS", 1),
+            ("contrastive_grads", "BLOCK_ELEMENTS", 1),
+            ("gram_matrices", "MIN_SPLIT_ROWS", 4 * rows),
+        ):
+            monkeypatch.setattr(import_module(f"cyclip_loss.kernels.{name}"), limit, value)
