@@ -83,7 +83,7 @@ def contrastive_grads_kernel(
     first_row = row_tile * BM
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
-    unit = tl.load(unit)
+    factor = tl.load(unit) * logit_scale
     rows = first_row + tl.arange(0, BM)
     first_pair = first_row + partner_offset
     # The offset of the tile has 64 bits, offsets within it 32.
@@ -111,13 +111,13 @@ def contrastive_grads_kernel(
             partner = rows + partner_offset
             is_pair = partner[:, None] == columns[None, :]
             pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
-            g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / unit))[:, None], g)
+            g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / tl.load(unit)))[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
         if NEEDS_SCALE:
             tile_sum += sum_of_products(g, parts[part])
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
-            g *= unit * logit_scale
+            g *= factor
         tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
@@ -223,7 +223,8 @@ def contrastive_grads(
     """As `eager.contrastive_grads`."""
     features, needs_scale = logits.row_features, needs[2]
     shift, with_ids = float16_shift(features), logits.row_ids is not None
-    config = config_for("contrastive_grads", features, with_ids)
+    # One way, too, larger parts would spill registers on sm_90.
+    config = config_for("contrastive_grads", features, with_ids or not logits.symmetric)
     tiles = num_tiles(logits, config)
     scale_partials = saved.row_lse.new_empty(tiles if needs_scale else 0)
 
