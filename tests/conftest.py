@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the device, the engines, the ranks, NaN in fresh memory, small strips.
+"""Fixtures for all tests: the device, the engines, the ranks, NaN in fresh memory.
 
 All tests run on the device given by `--device`, by default CUDA if there is a GPU, else the CPU. On
 CUDA the kernels are compiled; on the CPU Triton's interpreter runs them. The oracle always runs on

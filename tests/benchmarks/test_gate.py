@@ -23,12 +23,15 @@ LOOP = """
         /*1660*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
 """
 PERSISTENT = LOOP + "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
+ANOTHER = LOOP.replace("/*1", "/*3").replace("0xf60", "0x3200")
 
 
 @pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
 def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str) -> None:
-    assert not is_serialised(sass)
-    assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
+    assert not is_serialised(sass + ANOTHER)
+    for serialised in (sass, ANOTHER):
+        kernel = (sass + ANOTHER).replace(serialised, serialised.replace("gsb0, 0x1", "gsb0, 0x0"))
+        assert is_serialised(kernel)
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,3 @@ def test_a_bad_environment_variable_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
         CyCLIPLoss()(SMALL, SMALL, 1.0)
-
-
-def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    features = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=r"^impl='triton' needs features on a CUDA"):
-        engines.choose("triton", features)
-    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "triton")
-    with pytest.raises(ValueError, match=r"^CYCLIP_LOSS_IMPL=triton needs features on a CUDA"):
-        engines.choose("auto", features)

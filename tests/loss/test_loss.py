@@ -27,6 +27,7 @@ FULL = TERMS_WEIGHTED | {"views": True, "lambdas": (0.25, 0.5)}
 WIDE = torch.float64
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
 SIGLIP = {"function": "siglip", "strip_rows": 32}
+NO_PENALTY = SIGLIP | {"lambdas": (0.0, 0.0)}
 # Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
 HARD = [
     Case(65, 10, strip_rows=32, **FULL),
@@ -63,7 +64,7 @@ HARD = [
     Case(70, 40, torch.float16, distance=0.003, logit_scale=100.0, **SIGLIP),
     Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP),  # only the bias is trained
     # Gradients that float16 holds only after they are multiplied by the upstream gradient.
-    Case(300, 8, torch.float16, logit_scale=0.01, upstream=(2.0**16,) * 3, **SIGLIP),
+    Case(300, 8, torch.float16, logit_scale=1e-4, upstream=(2.0**16,) * 3, **NO_PENALTY),
 ]
 
 
