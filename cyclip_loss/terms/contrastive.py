@@ -181,7 +181,7 @@ class _LogSumExps(torch.autograd.Function):
         unit = one.copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
-            smallest = lse.new_full((1,), torch.finfo(lse.dtype).tiny)
+            smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite
             grads = torch.cat((lse_grad.reshape(-1), pair_grad, smallest))
             unit = unit * collectives.all_reduce(grads.abs().amax(), "max", ranks)
         lse = lse - (lse_grad / unit).log()
