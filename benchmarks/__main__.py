@@ -94,12 +94,13 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = make_parser().parse_args(arguments)
-    if options.command in ("gpu", "gate") and not find_spec("triton"):
-        print(f"`python -m benchmarks {options.command}` needs Triton: pip install triton")
-        return 2
-    # Triton reads this variable when kernels are imported, which the command does below.
-    interpreted = options.command == "gpu" and options.dry_run
-    os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+    if options.command in ("gpu", "gate"):
+        if not find_spec("triton"):
+            print(f"`python -m benchmarks {options.command}` needs Triton: pip install triton")
+            return 2
+        # Triton reads this variable when kernels are imported, which the command does below.
+        interpreted = options.command == "gpu" and options.dry_run
+        os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler logs each start
     # `timeout` sends SIGTERM. Handle it like Ctrl-C, so that the record is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -133,8 +133,6 @@ def test_a_run_leaves_a_page_a_figure_and_more_rows(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(side_by_side, "competitors", lambda users: both)
     monkeypatch.setattr(side_by_side, "CPU", SMALL_PLAN)
     monkeypatch.setattr(side_by_side, "limit_to_available", lambda: None)
-    # `main` sets it, and later tests of this process need its value.
-    monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
     folder = tmp_path / "new" / "folder"
     for runs in (1, 2):
         assert main(f"--sizes 16 32 --out {folder} --name tiny".split()) == 0
