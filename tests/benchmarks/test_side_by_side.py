@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
