@@ -391,6 +391,7 @@ def test_every_recipe_of_the_page_is_compared() -> None:
 
 def test_soft_targets_of_4096_pairs_need_no_matrix() -> None:
     """The N x N form's loss and gradients, in less than 0.4 of its memory."""
+    torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
     n, block = 4096, block_with("expected_partner(teacher_images")
     features = zip(FEATURES[:2], pairs(n, 512, device="cpu"), strict=True)
     teacher = zip(TEACHER, pairs(n, 768, 1.0, seed=1, device="cpu"), strict=True)
