@@ -1,6 +1,6 @@
 """The first step of a call: check the arguments, cast them, and put them into a `Batch`.
 
-A new argument of the call, such as `ids`, begins in `reference.py`. `loss.py` takes it, this file
+A new argument of the call, such as `ids`, begins in `reference.py`. The losses take it, this file
 checks it, `Logits` carries it to both engines, and `terms/dense.py` takes it, or `plan.py` keeps
 such calls away from it. In the tests, `inputs.py`, `accuracy.py` and `rounding.py` get a value, the
 call and its bounds.

@@ -68,7 +68,7 @@ def asked_engine(impl: str) -> str:
 
 
 def why_not_kernels(asked: str, features: Tensor) -> str:
-    """Why PyTorch computes such features; empty if the kernels do. asked: from `_asked`."""
+    """Why PyTorch computes such features; empty if the kernels do. asked: from `asked_engine`."""
     if asked == "eager":
         return "impl or CYCLIP_LOSS_IMPL is 'eager'"
     if features.dtype == torch.float64:

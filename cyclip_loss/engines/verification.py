@@ -1,13 +1,13 @@
 """The kernels, each layout of which is compared with PyTorch when it is first used.
 
 A layout is what decides which binary of a kernel runs, and which branches it takes: which arguments
-are None, which are true, the sign of the partner's offset, whether there are extra negatives, the
-dtypes, and for features the divisor of D and the class of the strides. It is read from the actual
-arguments. The first call with a layout computes a small batch of the same layout, with values of
-its own, with the kernel and with the eager engine in float64. If the two disagree, or the kernel
-fails, PyTorch computes everything of that device, dtype and precision from then on. Nobody waits
-for a layout that is not used, nor for the device after the first use. Nothing is compared while a
-CUDA graph is captured.
+are None, which are true, the names and the signs of numbers (the partner's offset), the dtypes, and
+for features the divisor of D and the class of the strides. It is read from the actual arguments.
+The first call with a layout computes a small batch of the same layout, with values of its own, with
+the kernel and with the eager engine in float64. If the two disagree, or the kernel fails, PyTorch
+computes everything of that device, dtype and precision from then on. Nobody waits for a layout that
+is not used, nor for the device after the first use. Nothing is compared while a CUDA graph is
+captured.
 
 The small batch has several tiles but one strip, split and block. More of them are tested by the
 test suite.

@@ -20,10 +20,11 @@ whatever the loss is.
 Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
 again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D. Small batches are dense
 (`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
-together. Gradients are summed across ranks in the accumulation dtype. Except for the gather,
-communication is inside the operators, where `torch.compile` does not see it. If it were traced, a
-ring would keep every block for backward, and a rank without rows would drop collectives whose
-results it does not use.
+together. Gradients are summed across ranks in the accumulation dtype. What needs several steps, or
+whose result a rank may not use, is inside the operators, where `torch.compile` does not see it. If
+it were traced, a ring would keep every block for backward, and a rank without rows would drop
+collectives whose results it does not use. Outside are the gathers, the sum of the loss and, in
+backward, the reductions that choose `unit`, whose results every rank passes to an operator.
 """
 
 from functools import partial
