@@ -176,14 +176,13 @@ class _LogSumExps(torch.autograd.Function):
         ranks = ctx.ranks if logits.symmetric else Ranks()
         # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
         # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
-        # without negatives, every G_ij is left out. (1 is on the CPU, as filling a tensor on a GPU
-        # would launch a kernel.)
-        one = torch.scalar_tensor(1.0, dtype=lse.dtype, device="cpu")
-        unit = one.copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
+        # without negatives, every G_ij is left out.
+        unit = lse.new_ones(()).copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
             smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite
-            grads = torch.cat((lse_grad.reshape(-1), pair_grad, smallest))
+            given = (lse_grad, pair_grad, smallest, other_grad)
+            grads = torch.cat([x.reshape(-1) for x in given if x is not None])
             unit = unit * collectives.all_reduce(grads.abs().amax(), "max", ranks)
         lse = lse - (lse_grad / unit).log()
         rows, pair_grad = lse[0], pair_grad.contiguous()
@@ -236,7 +235,7 @@ def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, 
             others -= (shares * found.pair_logits).sum()
     n = logits.row_features.shape[0]
     lse, pair_logits = found.of_rows[None], found.pair_logits
-    if found.negatives_lse.shape[0] == 2 * n:  # the columns are those of this rank's pairs
+    if logits.symmetric and found.negatives_lse.shape[0] == 2 * n:  # this rank's columns only
         lse = found.negatives_lse.view(2, n)
     elif logits.symmetric:
         lse = torch.stack((found.of_rows, found.of_columns[logits.pairs[1]]))

@@ -226,3 +226,13 @@ def test_16_bit_matrices_are_widened_if_their_device_has_no_wide_products(monkey
     for _ in range(2):
         assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
     numerics._try_wide_products.cache_clear()
+
+
+def test_float16_gradients_of_confident_positives_fit(impl: str, device) -> None:
+    """The part of other positives counts for the unit of the gradients, or they overflow."""
+    leaves = [torch.eye(8, 16, device=device).half().requires_grad_() for _ in range(2)]
+    ids = torch.arange(8, device=device) // 2
+    loss = CyCLIPLoss(0, 0, same_ids="positives", impl=impl)(*leaves, 60.0, ids=ids)
+    for grad in torch.autograd.grad(loss, leaves):
+        # Half of a row's probability belongs to its other positive, with the weight 60 / 8 / 2.
+        assert grad.abs().max().item() == pytest.approx(3.75, rel=1e-3)
