@@ -126,13 +126,11 @@ def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tupl
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b. dtype: the result's; if it is wider than a's, also the sums'."""
-    if dtype == a.dtype and not a.is_cpu:
+    if dtype == a.dtype:
         return torch.matmul(a, b)
     if has_wide_products(a):
         return torch.mm(a, b, out_dtype=dtype)
-    # On a CPU, PyTorch 2.8 sums a product of one bfloat16 row in bfloat16.
-    wide = accumulation_dtype(a.dtype)
-    return torch.matmul(a.to(wide), b.to(wide)).to(dtype)
+    return torch.matmul(a.to(dtype), b.to(dtype))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
