@@ -22,9 +22,7 @@ def engine_of(features: Tensor, impl: str = "auto") -> str:
     """
     one_of(IMPLS)("impl", impl)
     features, _ = check_features(features, features, ("features",) * 2, may_be_empty=True)
-    if engines.choose(impl, features) == "kernels":
-        return "Triton kernels"
-    why_not: str | None = engines.why_not_kernels(engines.asked_engine(impl), features)
-    # Once a kernel was found wrong, the reason is the difference.
-    why_not = why_not or engines.verified(features).problem
-    return f"PyTorch: {why_not}" if why_not else "Triton kernels"
+    engine, computes = engines.choose(impl, features)
+    # Once a kernel was found wrong, PyTorch computes.
+    problem = engines.verified(features).problem if engine == "verified kernels" else None
+    return f"PyTorch: {problem}" if problem else computes

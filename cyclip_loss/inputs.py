@@ -71,22 +71,25 @@ def prepare(
     if ids is None and same_ids == "positives":
         raise ValueError("same_ids='positives' needs ids, got None")
     comparisons = [Comparison("text_features", images, texts, ids, ids, True, ranks)]
-    for name in ("negative_text", "negative_image", "augmented_image", "augmented_text"):
+    sources = {
+        "negative_text": images,
+        "negative_image": texts,
+        "augmented_image": images,
+        "augmented_text": texts,
+    }
+    for name, rows in sources.items():
         features, has_pairs = others.get(f"{name}_features"), name.startswith("augmented")
         column_ids = ids if has_pairs else others.get(f"{name}_ids")
         if features is None:
             if column_ids is not None and not has_pairs:
                 raise ValueError(f"{name}_ids needs {name}_features, got None")
             continue
-        tower, own = ("image", images) if "image" in name else ("text", texts)
-        names = (f"{tower}_features", f"{name}_features")
-        columns = check_features(own, features, names, several, has_pairs)[1]
-        rows = own
+        names = "image_features" if rows is images else "text_features", f"{name}_features"
+        columns = check_features(rows, features, names, several, has_pairs)[1]
         if not has_pairs:
             column_ids = check_ids(f"{name}_ids", column_ids, columns)
             if column_ids is not None and ids is None:
                 raise ValueError(f"{name}_ids needs ids, got None")
-            rows = texts if tower == "image" else images
             # A negative that is not finite makes all of this rank's logits NaN. It might have only
             # logits of -inf, or be left out by its id, and the loss would stay finite.
             zero = (columns - columns).detach()

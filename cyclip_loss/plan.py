@@ -23,7 +23,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     options: `PenaltyOptions`, unless only log-sum-exps are wanted.
     """
     features = batch.image_features
-    engine = options.impl if batch.traced else engines.choose(options.impl, features)
+    engine = options.impl if batch.traced else engines.choose(options.impl, features)[0]
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties, with_cross = "none", False
     if isinstance(options, PenaltyOptions):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SUM, Config, config_for
+from cyclip_loss.kernels.configs import INTERPRETED, SUM, Config, config_for
 from cyclip_loss.kernels.tiles import (
     LN_2,
     LOG2_E,
@@ -254,6 +254,9 @@ def contrastive_grads(
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + a b, in place; a b in the dtype without a total."""
+    if INTERPRETED:  # on a CPU, PyTorch 2.8 sums a product of one bfloat16 row in bfloat16
+        product = a.float() @ b.float()
+        return product.to(dtype) if total is None else total.add_(product)
     if total is None:
         return matmul(a, b, dtype)
     add_product(total, a, b)

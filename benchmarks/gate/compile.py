@@ -152,6 +152,7 @@ def variants(arch: str, features: str) -> list[Variant]:
                 output_dict=output_dict,
                 ids=ids,
                 negative_text_features=text if output_dict else None,
+                negative_text_ids=ids if output_dict else None,
             )
             with torch.no_grad():
                 step()

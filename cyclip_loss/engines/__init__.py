@@ -21,22 +21,53 @@ from cyclip_loss.options import IMPLS
 from cyclip_loss.usage_warnings import warn_once
 
 
-def choose(impl: str, features: Tensor) -> str:
-    """The engine for features of this dtype and device: "eager", "kernels" or "verified kernels".
+def choose(impl: str, features: Tensor) -> tuple[str, str]:
+    """The engine for features of this dtype and device, and what computes them, in words.
 
-    The eager engine always computes float64, which the kernels do not support. With "auto" it also
-    computes a D that is too large for the kernels' offsets.
+    The engine: "eager", "kernels" or "verified kernels". The eager engine always computes float64,
+    which the kernels do not support. With "auto" it also computes a D that is too large for the
+    kernels' offsets.
 
     Raises:
         ValueError: the kernels were asked for, and Triton or a device that they support is
             missing; or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
-    asked = asked_engine(impl)
-    if why_not_kernels(asked, features):
-        return "eager"
-    if asked == "auto":
-        return "verified kernels"
-    name = f"impl={impl!r}" if impl == asked else f"CYCLIP_LOSS_IMPL={asked}"
+    asked = impl
+    if impl == "auto":
+        asked = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
+        if asked not in IMPLS:
+            raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {asked!r}")
+    why_not = ""
+    if asked == "eager":
+        why_not = "impl or CYCLIP_LOSS_IMPL is 'eager'"
+    elif features.dtype == torch.float64:
+        why_not = "the kernels do not compute float64"
+    elif asked == "auto":
+        why_not = _why_not_kernels(features)
+    else:
+        name = f"impl={impl!r}" if impl == asked else f"CYCLIP_LOSS_IMPL={asked}"
+        _check_kernels(name, features)
+    if why_not:
+        return "eager", f"PyTorch: {why_not}"
+    return "verified kernels" if asked == "auto" else "kernels", "Triton kernels"
+
+
+def _why_not_kernels(features: Tensor) -> str:
+    """Why the kernels do not compute such features; empty if they do."""
+    if architecture(features.device) is None:
+        return f"the kernels do not support {features.device.type}"
+    if not _kernels_import():
+        return "the kernels cannot be imported"
+    import cyclip_loss.kernels as kernels
+
+    return f"D is above {kernels.MAX_D}" if features.shape[1] > kernels.MAX_D else ""
+
+
+def _check_kernels(name: str, features: Tensor) -> None:
+    """Raise ValueError unless Triton and a device that the kernels support are there.
+
+    name: what asked for the kernels.
+    """
     if features.is_cuda and architecture(features.device) is None:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
@@ -55,33 +86,6 @@ def choose(impl: str, features: Tensor) -> str:
             f"{name} needs features on a CUDA or ROCm device, got {features.device} "
             "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
         )
-    return "kernels"
-
-
-def asked_engine(impl: str) -> str:
-    """What "auto" means: one of `IMPLS`."""
-    if impl == "auto":
-        impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
-        if impl not in IMPLS:
-            raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
-    return impl
-
-
-def why_not_kernels(asked: str, features: Tensor) -> str:
-    """Why PyTorch computes such features; empty if the kernels do. asked: from `asked_engine`."""
-    if asked == "eager":
-        return "impl or CYCLIP_LOSS_IMPL is 'eager'"
-    if features.dtype == torch.float64:
-        return "the kernels do not compute float64"
-    if asked == "triton":
-        return ""
-    if architecture(features.device) is None:
-        return f"the kernels do not support {features.device.type}"
-    if not _kernels_import():
-        return "the kernels cannot be imported"
-    import cyclip_loss.kernels as kernels
-
-    return f"D is above {kernels.MAX_D}" if features.shape[1] > kernels.MAX_D else ""
 
 
 def load(engine: str, features: Tensor, needs_rows: bool = True) -> Any:
@@ -92,7 +96,7 @@ def load(engine: str, features: Tensor, needs_rows: bool = True) -> Any:
     no kernel can be launched, so the eager engine computes.
     """
     if engine in ("auto", "triton"):
-        engine = choose(engine, features)
+        engine, _ = choose(engine, features)
     if engine == "eager" or (needs_rows and features.shape[0] == 0):
         return eager
     if engine == "kernels":
