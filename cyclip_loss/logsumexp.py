@@ -47,9 +47,10 @@ def contrastive_logsumexp(
     Most contrastive losses are functions of these vectors. Memory is O(N D). CLIP's is the mean of
     (softplus(row_negatives - pair_logits) + softplus(column_negatives - pair_logits)) / 2.
 
-    The upstream gradients of all log-sum-exps must have one sign: beyond N = 1.5 D, gradients are
-    NaN if some are positive and others negative, and second derivatives are an error. A zero
-    upstream gradient contributes exactly zero.
+    The upstream gradients of all log-sum-exps must have one sign: except in small batches (up to
+    N = 1.5 D, in one process, computed by PyTorch), gradients are NaN if some are positive and
+    others negative, and second derivatives are an error. A zero upstream gradient contributes
+    exactly zero.
 
     Across ranks, compute each rank's loss as a mean over its own n pairs. (If ranks hold different
     numbers of pairs, take the sum times number of ranks / N.) The gradients are then those of one

@@ -56,7 +56,7 @@ def train_on_rank(rank: int, world_size: int, arguments: list[str]) -> None:
 
 def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
     """The recipes' command line, but with a tiny model and the emoji. The terms sum to the loss."""
-    command, _ = blocks("OpenCLIP's command line", "sh")
+    (command,) = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
     model = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
