@@ -38,6 +38,7 @@ HARD = [
     # P_cross is 0. Without clamping, both engines would return a negative number.
     Case(80, 24, torch.bfloat16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS),
     Case(80, 24, torch.bfloat16, distinct_ids=6, strip_rows=7),  # several blocks of G
+    Case(73, 65, torch.bfloat16, logit_scale=60.0, negatives=(None, 1), seed=2),  # one column
     Case(260, 5),  # more than one group of row tiles
     # All images are equal and nearest to one text. That text's G, summed over images, overflows.
     Case(40, 3, torch.float16, logit_scale=100.0, image_layout="expanded"),
