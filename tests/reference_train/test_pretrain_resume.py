@@ -176,9 +176,10 @@ runpy.run_module("reference_train", run_name="__main__")
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_finishes(pretrain, data: Path, tmp_path: Path) -> None:
+    # Workers that a forkserver starts would outlive the killed process, and hold its pipes open.
     argv = f"""
         pretrain --preset icons --batch-size 8 --data {data} --siglip --out {tmp_path} --name run
-        -- --epochs 3 --train-num-samples 16
+        -- --epochs 3 --train-num-samples 16 --workers 0
     """
     checkpoints = tmp_path / "run" / "checkpoints"
     killed = run_python("-c", KILLED, str(checkpoints / "results.jsonl"), *argv.split())
