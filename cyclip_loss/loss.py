@@ -54,6 +54,9 @@ class CyCLIPLoss(ContrastiveModule):
         same_ids: what rows with the same id in `ids` are to each other: "ignored", or "positives".
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange their
             row counts in every call, and the host waits.
+        lambda_progress: multiply both penalties by the progress of CLIP's loss,
+            clamp(1 - contrastive_loss / ln N, 0, 1), without gradient. At the start of a training
+            they then have no weight, at any batch size and without a number of steps.
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
@@ -90,6 +93,7 @@ class CyCLIPLoss(ContrastiveModule):
     """
 
     _: KW_ONLY
+    lambda_progress: bool = option(False, options.boolean)
     inmodal_contrastive_weight: float | None = option(None, options.optional_weight)
     local_loss: bool = option(False, options.boolean, same_on_all_ranks=False)
     gather_with_grad: bool = option(False, options.boolean, same_on_all_ranks=False)
@@ -177,7 +181,11 @@ class CyCLIPLoss(ContrastiveModule):
         grams = cyclic.start_grams(batch, plan)
         weight = self.inmodal_contrastive_weight
         terms = contrastive.terms(batch, plan, started, weight)
-        terms |= cyclic.terms(batch, plan, self, grams)
+        penalties = cyclic.terms(batch, plan, self, grams)
+        if self.lambda_progress:
+            progress = contrastive.progress(terms, batch)
+            penalties = {name: progress * penalty for name, penalty in penalties.items()}
+        terms |= penalties
         if not batch.traced:
             usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
             if weight is not None and augmented_image_features is None:

@@ -126,6 +126,16 @@ def terms(
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
+def progress(terms: dict[str, Tensor], batch: Batch) -> Tensor:
+    """From 0, where CLIP's loss is what equal features give, ln N, to 1: a scalar without gradient.
+
+    terms: from `terms`.
+    """
+    # On the CPU, as a number that takes no launch, and without a constant while compiling.
+    chance = torch.scalar_tensor(max(batch.total_pairs(), 2), device="cpu").log()
+    return (1 - terms["contrastive_loss"].detach() / chance).clamp(0, 1)
+
+
 def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairLogSumExps]:
     """The log-sum-exps of each comparison with pairs; of the first, with extra negatives."""
     found: list[PairLogSumExps] = []
