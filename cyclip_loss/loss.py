@@ -35,9 +35,8 @@ class CyCLIPLoss(ContrastiveModule):
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
             number of rows of the global batch. The penalties are then as strong at every N; with
-            128, as in the paper's experiments. That suits up to 1,024 pairs of all ranks; above,
-            raise both lambdas from 0 over 512 steps. None: the paper's formula, whose penalties
-            grow with N. (docs/choosing.md and docs/lambda.md say more.)
+            128, as in the paper's experiments. 32 with `lambda_progress` is what we advise
+            (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
@@ -55,8 +54,8 @@ class CyCLIPLoss(ContrastiveModule):
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange their
             row counts in every call, and the host waits.
         lambda_progress: multiply both penalties by the progress of CLIP's loss,
-            clamp(1 - contrastive_loss / ln N, 0, 1), without gradient. At the start of a training
-            they then have no weight, at any batch size and without a number of steps.
+            clamp(1 - contrastive_loss / ln N, 0, 1), without gradient. So they have no weight at
+            the start of a training, where they would make all features alike.
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":

@@ -32,7 +32,7 @@ from cyclip_loss.inputs import caption_ids
 from cyclip_loss.loss import CyCLIPLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
 from cyclip_loss.siglip import CySigLIPLoss
-from cyclip_loss.usage_warnings import LARGEST_CONSTANT, PAPER_BATCH_SIZE, PAPER_LAMBDA
+from cyclip_loss.usage_warnings import ADVISED_BATCH_SIZE, LARGEST_CONSTANT, PAPER_LAMBDA
 
 Function = Callable[..., Any]
 # What the trainer's main module calls: its own functions, replaced by methods of `_Swap`, and the
@@ -96,15 +96,21 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=steps_or_share,
         default=0,
         metavar="STEPS",
-        help="raise both weights from 0 over this many steps (0.5: over half of all steps); "
-        f"512 is advised above {LARGEST_CONSTANT:,} pairs of all ranks",
+        help="raise both weights from 0 over this many steps (0.5: over half of all steps)",
+    )
+    add(
+        "--lambda-progress",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="multiply the penalties by the progress of CLIP's loss (not of other losses)",
     )
     add(
         "--reference-batch-size",
         type=int,
-        default=PAPER_BATCH_SIZE,
+        default=ADVISED_BATCH_SIZE,
         metavar="N",
-        help="multiply the penalties by this / global batch size; 0: the paper's formula",
+        help="multiply the penalties by this / global batch size; 128: as strong as the paper's; "
+        "0: the paper's formula",
     )
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (CLIP and SigLIP)")
@@ -223,6 +229,8 @@ class _Swap:
         ours: Any = {"ClipLoss": CyCLIPLoss, "SigLipLoss": CySigLIPLoss}.get(type(theirs).__name__)
         if ours:
             self.loss = ours(**self.penalty_options, dist_impl=self.options.dist_impl)
+            if ours is CyCLIPLoss:
+                self.loss.lambda_progress = self.options.lambda_progress
             if self.options.same_captions:
                 self.loss.same_ids = self.options.same_captions
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
@@ -239,7 +247,8 @@ class _Swap:
         logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
         # The pairs of one call.
         total = self.args.batch_size * self.args.accum_freq * self.args.world_size
-        is_constant = self.loss.has_penalties() and not self.options.lambda_warmup
+        grows = self.options.lambda_warmup or getattr(self.loss, "lambda_progress", False)
+        is_constant = self.loss.has_penalties() and not grows
         if total > LARGEST_CONSTANT and is_constant and ours is not CySigLIPLoss:
             logging.warning(
                 "The lambdas are constant in batches of %s pairs. Above %s, that lowered the "

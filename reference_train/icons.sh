@@ -14,7 +14,7 @@ pretrain() { # NAME LOSS [FLAGS]
     name=$1 loss=$2
     shift 2
     python -m reference_train pretrain --preset icons --data "$out/icons" --out "$out/logs" \
-        --name "$name" --loss "$loss" "$@"
+        --name "$name" --loss "$loss" --reference-batch-size 128 --no-lambda-progress "$@"
 }
 
 # NAME is LOSS-SEED.

@@ -152,7 +152,7 @@ def launcher_command(
     val = options.val or (options.data if Path(options.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(options.val)) if val else ""
     flags = [*preset(options.preset), "--dataset-type", "webdataset"]
-    flags += ["--siglip"] if loss.siglip else []
+    flags += ["--siglip", "--reference-batch-size", "128"] if loss.siglip else []
     weight = SIGLIP_PENALTY_WEIGHT if loss.siglip else PENALTY_WEIGHT
     flags += ["--lambda-inmodal", str(weight * loss.inmodal)]
     flags += ["--lambda-crossmodal", str(weight * loss.crossmodal)]
