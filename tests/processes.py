@@ -25,18 +25,15 @@ sys.stdin.read()
 
 
 def start_python(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
-    """Start Python. The test goes on while it runs, and may end it.
-
-    options: of `Popen`; `env` is added to the environment.
-    """
-    options["env"] = os.environ | ENVIRONMENT | options.get("env", {})
-    return subprocess.Popen([sys.executable, *arguments], text=True, cwd=ROOT, **options)
+    """Start Python. The test goes on while it runs, and may end it. options: of `Popen`."""
+    command, environment = [sys.executable, *arguments], os.environ | ENVIRONMENT
+    return subprocess.Popen(command, text=True, env=environment, **options)
 
 
-def run_python(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_python(*arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     """Run Python to its end."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start_python(*arguments, **pipes) as process:
+    with start_python(*arguments, cwd=cwd, **pipes) as process:
         try:
             output = process.communicate(timeout=TIMEOUT)
         finally:

@@ -15,8 +15,6 @@ from reference_train.demo import demo
     [
         ("--loss coca", "--loss: invalid choice: 'coca'"),
         ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
-        ("pretrain", "the following arguments are required: --preset, --data"),
-        ("--device cuda:99", "--device: cuda:99"),
         ("--out /dev/null/runs", "can't be written"),
         ("report .", "is no evaluation.json"),
         ("evaluate .", "no checkpoint at"),

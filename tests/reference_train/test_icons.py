@@ -54,12 +54,11 @@ SETS = {
 }
 
 
-def make_package(path: Path, sets: dict = SETS, without: str = "") -> Path:
-    """A package as npm packs it. without: a file that it lacks."""
+def make_package(path: Path, sets: dict = SETS) -> Path:
+    """A package as npm packs it."""
     files = {"collections": {name: info for name, (info, _) in sets.items()}}
     for name, (_, drawings) in sets.items():
         files[f"json/{name}"] = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
-    files.pop(without, None)
     content = {f"package/{name}.json": json.dumps(files[name]).encode() for name in files}
     return write_tar(path, content, "w:gz")
 
@@ -101,12 +100,9 @@ def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(built
         "logos and flags in other sets": 1,
     }
     assert sum(manifest["pairs"].values()) == len(DRAWINGS) - 9
-    assert {name: about["licence"] for name, about in manifest["sets"].items()} == {"plain": "MIT"}
-    assert manifest["package"] == str(archive)
     assert manifest["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
     sizes = json.loads((built / "sizes.json").read_text())
     assert sizes == {path.name: len(samples(built, path.name)) for path in built.glob("*.tar")}
-    assert max(sizes.values()) == 6
 
 
 @pytest.fixture(scope="module")
@@ -154,23 +150,5 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     assert manifest["package"] == icons.URL
     assert (sum(manifest["pairs"].values()), manifest["limit"]) == (1, 1)
     assert samples(tmp_path / "some").items() <= samples(tmp_path / "whole").items()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--out out --package none.tgz", r"none\.tgz: can't be read: .*No such file"),
-        ("--out out --package other.tgz", r"other\.tgz: has no collections\.json"),
-        ("--out out --package lacks.tgz", r"lacks\.tgz: has no json/plain\.json"),
-        ("--out .", "--out .*: already exists"),
-    ],
-)
-def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
-    arguments: str, message: str, tmp_path: Path, monkeypatch
-) -> None:
-    make_package(tmp_path / "other.tgz", without="collections")
-    make_package(tmp_path / "lacks.tgz", without="json/plain")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=message):
-        icons.main(arguments.split())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
+    with pytest.raises(UsageError, match="already exists"):
+        icons.main(f"--out {tmp_path}/some --limit 1".split())

@@ -116,15 +116,28 @@ def results(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_finished_run_says_so_and_accepts_more_epochs_and_moved_data_and_no_other_data(
-    pretrain, data: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+@pytest.fixture
+def finished(pretrain, capsys) -> str:
+    """The last line that a run of one epoch printed."""
     pretrain()
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_finished_run_says_its_best_epoch_and_is_not_trained_again(
+    finished: str, pretrain, tmp_path: Path, capsys
+) -> None:
     [line] = results(tmp_path)
     assert {"inmodal_gap", "crossmodal_gap"} <= line.keys()
-    finished = capsys.readouterr().out.splitlines()[-1]
-    loss = line["clip_val_loss"]
-    assert finished.endswith(f"/run: finished, 1 epochs; the best was 1, clip_val_loss {loss:.4f}")
+    best = f"the best was 1, clip_val_loss {line['clip_val_loss']:.4f}"
+    assert finished.endswith(f"/run: finished, 1 epochs; {best}")
+    pretrain()
+    assert capsys.readouterr().out.endswith(f"{finished}; nothing left to do\n")
+    assert results(tmp_path) == [line]
+
+
+def test_the_code_on_the_page_publishes_the_best_epoch(
+    finished: str, tmp_path: Path, monkeypatch
+) -> None:
     pushed: list[str] = []
     hub = sys.modules["open_clip.push_to_hf_hub"]
     monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
@@ -132,28 +145,29 @@ def test_a_finished_run_says_so_and_accepts_more_epochs_and_moved_data_and_no_ot
     for block in blocks("docs/pretraining.md"):  # OpenCLIP loads the best epoch
         exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), names)
     assert pushed == ["NAME/icons-cyclip"]
-    pretrain()
-    assert capsys.readouterr().out.endswith(f"{finished}; nothing left to do\n")
-    assert results(tmp_path) == [line]
 
+
+def test_a_finished_run_takes_more_epochs_and_data_that_moved(
+    finished: str, pretrain, data: Path, tmp_path: Path, monkeypatch
+) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / ".best.pt.123").touch()  # left by a save that was killed
     monkeypatch.chdir(data.rename(tmp_path / "moved"))
     pretrain("--epochs 2", data=".")
-    losses = {line["epoch"]: line["clip_val_loss"] for line in results(tmp_path)}
-    assert list(losses) == [1, 2]
-    best = min(losses, key=losses.__getitem__)
-    last_line = f"2 epochs; the best was {best}, clip_val_loss {losses[best]:.4f}\n"
-    assert capsys.readouterr().out.endswith(last_line)
+    assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
     assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
-    with pytest.raises(UsageError, match="epochs = 2, not 1: choose another"):
-        pretrain("--epochs 1", data=".")
-    Path("train-00003.tar").unlink()
+
+
+def test_a_run_refuses_other_data_and_a_damaged_checkpoint(
+    finished: str, pretrain, data: Path, tmp_path: Path
+) -> None:
+    shard = (data / "train-00003.tar").rename(tmp_path / "shard")
     with pytest.raises(UsageError, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
-        pretrain("--workers 0 --epochs 2", data=".")
-    os.truncate(checkpoints / "epoch_latest.pt", 10_000)
+        pretrain("--workers 0")
+    shard.rename(data / "train-00003.tar")
+    os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
     with pytest.raises(UsageError, match=r"epoch_latest.pt is cut short, or holds more"):
-        pretrain("--workers 0", data=".")
+        pretrain("--workers 0")
 
 
 # `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.
