@@ -22,7 +22,12 @@ import torch
 from hypothesis import settings
 from interpreter import speed_up
 from pool import Ranks
-from support import fill_fresh_memory_with_nan, needs_triton, set_small_blocks
+from support import (
+    fill_fresh_memory_with_nan,
+    forget_warnings,
+    needs_triton,
+    set_small_blocks,
+)
 
 from cyclip_loss import numerics
 
@@ -78,11 +83,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed PyTorch's generator, and skip tests that cannot run here.
+    """Seed PyTorch's generator, forget warnings, and skip tests that cannot run here.
 
     A test marked gpu(n) needs n GPUs (by default 1) and --device cuda.
     """
     torch.manual_seed(0)  # independent of the tests that ran before
+    forget_warnings()
     speed_up()
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("gpu"):
@@ -112,6 +118,11 @@ def nan_in_fresh_memory() -> Iterator[None]:
     fill_fresh_memory_with_nan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The reason of a case, and the name of a dtype."""
+    return getattr(val, "reason", None) or (str(val) if isinstance(val, torch.dtype) else None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -144,11 +155,10 @@ def uninterpreted() -> Iterator[Executor]:
 @pytest.fixture
 def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` uses the kernels on the CPU as on a GPU. No layout is verified yet."""
-    from cyclip_loss import engines, kernels, usage_warnings  # the kernels need Triton
+    from cyclip_loss import engines, kernels  # the kernels need Triton
 
     if not kernels.INTERPRETED:
         pytest.skip("pretends that the CPU is a GPU")
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
     set_small_blocks(monkeypatch)
     monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
-    monkeypatch.setattr(usage_warnings, "_warned", set())

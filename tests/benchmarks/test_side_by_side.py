@@ -87,8 +87,8 @@ def with_wrong_gradient(*inputs: Any) -> torch.Tensor:
 def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
     make: Any, outcome: str, monkeypatch
 ) -> None:
-    times = lambda steps, *_: {name: [2.0, 9.0, 3.0] for name in steps}  # noqa: E731
-    monkeypatch.setattr(cost.measure, "interleaved", times)
+    measured = lambda steps, *_: {name: [2.0, 9.0, 3.0] for name in steps}  # noqa: E731
+    monkeypatch.setattr(cost.measure, "interleaved", measured)
     run = Run(CPU)
     too_large = Competitor("for smaller N", make, up_to=15)
     cost.add_costs(run, [Competitor(OURS, make), too_large], replace(PLAN, sizes=((16, 8),)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from inputs import Case
 
-from cyclip_loss import CyCLIPLoss, diagnostics, engine_of, engines, kernels, numerics
+from cyclip_loss import CyCLIPLoss, engine_of, engines, kernels, numerics
 from cyclip_loss.engines import eager
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
@@ -32,19 +32,15 @@ def test_backward_uses_the_engine_that_forward_chose(first: str, second: str, mo
 # package has it), and the table of tiles (None: the kernels do not run).
 GPUS = [
     ((7, 5), "3.9.0", None),
-    ((7, 5), None, None),
     ((8, 0), "3.4.0", "sm_80"),
-    ((8, 6), "3.6.0", "sm_86"),
     ((8, 9), "3.6.0", "sm_89"),
     ((9, 0), "3.6.0", "sm_90"),
     # Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out.
     ((10, 0), "3.8.0", None),
     ((10, 3), "3.9.0", "sm_100"),
-    ((12, 0), "3.8.0", None),
     ((12, 0), "3.10.1", "sm_120"),
     ((12, 1), "3.10.1", "sm_86"),
     ((12, 0), "?", None),
-    ((12, 0), None, "sm_120"),
     ("gfx1100", "3.9.0", None),
     ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ("gfx942:sramecc+:xnack-", None, "gfx942"),
@@ -86,9 +82,6 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
         assert (chosen, caught) == (["verified kernels"] * 2, [])
         return
     reason = "cannot be imported" if expected else "do not support cuda"
-    # It would refuse features that are no tensor.
-    monkeypatch.setattr(diagnostics, "check_features", lambda *pair, **_: pair[:2])
-    assert engine_of(features) == f"PyTorch: the kernels {reason}"
     assert chosen == ["eager"] * 2
     assert ["`pip install triton`" in str(warning.message) for warning in caught] == (
         [True] if expected else []

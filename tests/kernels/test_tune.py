@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cyclip_loss import CyCLIPWarning, kernels, tune, usage_warnings
+from cyclip_loss import CyCLIPWarning, kernels, tune
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import HALF, config_for
 from cyclip_loss.logits import Logits
@@ -33,7 +33,6 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CYCLIP_LOSS_TILES", raising=False)
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(usage_warnings, "_warned", set())
     configs.tuned.cache_clear()
     yield tmp_path / "cache" / "cyclip_loss" / "tiles.json"
     configs.tuned.cache_clear()

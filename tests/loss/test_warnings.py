@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
@@ -21,16 +20,8 @@ from cyclip_loss import (
     CySigLIPLoss,
     WithCyclicPenalty,
     contrastive_logsumexp,
-    usage_warnings,
 )
 from cyclip_loss import inputs as checks
-
-
-@pytest.fixture(autouse=True)
-def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start each test as if the process had not warned yet."""
-    monkeypatch.setattr(usage_warnings, "_warned", set())
-    monkeypatch.setattr(checks, "_checked", WeakSet())
 
 
 def messages(call: Callable[[], Any]) -> list[str]:
@@ -48,7 +39,6 @@ STRONG, LENGTHS, SCALE = "as strong as", "from 1 to 7", "must be finite and > 0,
 # A module, the number of pairs, changes of the arguments, and a part of the only warning. `long`
 # stands for texts of which one is 7 times as long.
 CASES = [
-    (CyCLIPLoss(0, 1), 64, {}, ""),
     (CyCLIPLoss(0, 1), 65, {}, STRONG),
     (CyCLIPLoss(1, 0), 65, {}, STRONG),
     # The lambdas are not added: each may be twice as strong as the paper's.
@@ -59,24 +49,16 @@ CASES = [
     (CyCLIPLoss(0, 1, reference_batch_size=128), 2000, {}, ""),
     (CySigLIPLoss(0.25, 0.25, reference_batch_size=128), 6, {}, "accuracy of SigLIP's loss"),
     (CySigLIPLoss(1 / 64, 1 / 64, reference_batch_size=128), 6, {}, ""),
-    (CySigLIPLoss(), 6, {}, ""),
     (CyCLIPLoss(inmodal_contrastive_weight=0.5), 9, VIEWS, ""),
     (CyCLIPLoss(inmodal_contrastive_weight=0.5), 9, {}, "inmodal_contrastive_weight has no effect"),
     (CyCLIPLoss(), 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 8, {"negative_image_features": "long"}, LENGTHS),
     (CyCLIPLoss(), 8, {"negative_text_features": "long"}, LENGTHS),
     (CyclicPenalty(), 8, {"image_features": "long"}, LENGTHS),
     (WithCyclicPenalty(PlainClip()), 8, {"text_features": "long"}, LENGTHS),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),  # ln 100
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(5.0)}, ""),
     (contrastive_logsumexp, 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),
-    (contrastive_logsumexp, 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[0.94, 0, 0, 0]])}, "from 0.94 to 1"),
-    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[1.04, 0, 0, 0]])}, ""),
-    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[1.06, 0, 0, 0]])}, "from 1 to 1.06"),
     (CyCLIPLoss(), 8, {"image_features": torch.full((8, 4), torch.nan)}, ""),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, f"{SCALE} nan"),
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(0.0)}, f"{SCALE} 0"),
 ]
 
 

@@ -14,6 +14,7 @@ from inputs import FEATURES, Case
 from inputs import VIEWS as VIEW_NAMES
 from pool import Ranks, own_device
 from rank_cases import RankCase
+from support import forget_warnings
 
 from cyclip_loss import (
     CyclicPenalty,
@@ -134,7 +135,7 @@ def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, rank
 
 
 def raises_warning(rank: int, world_size: int) -> bool:
-    usage_warnings._warned.clear()
+    forget_warnings()
     features = 2 * torch.eye(3, device=own_device())
     with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
         warnings.simplefilter("error", CyCLIPWarning)
@@ -156,7 +157,7 @@ def warnings_by_call(rank: int, world_size: int, n: int) -> list[list[str]]:
         calls.append(lambda: usage_warnings.warn_once(**fails))
     found = []
     for call in calls:
-        usage_warnings._warned.clear()
+        forget_warnings()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             call()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tars import make_shards
+from miniature import make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.pretrain import patches, views

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tars import write_tar
+from miniature import write_tar
 
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data import icon_sets, icons

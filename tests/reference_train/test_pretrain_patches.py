@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import webdataset as wds
+from miniature import break_picture
 from open_clip_train.data import tarfile_to_samples_nothrow
-from tars import break_picture
 from torch import Tensor, nn
 
 from reference_train.command_line import RunFailed, UsageError
@@ -25,12 +25,12 @@ from reference_train.pretrain import pretrain as command
 pytest_plugins = ["pretraining"]
 
 
-# The validation's metrics of each epoch, and what the arguments of its run have besides.
-EPOCHS: list[tuple[dict[str, float], dict[str, object]]] = [
-    ({}, {}),  # not validated
-    ({patches.LOSS: 0.1}, {"fsdp": 1}),  # no rank has the whole model
-    ({patches.LOSS: 0.1}, {"save_logs": False}),  # another rank than the first
-    *(({patches.LOSS: loss}, {}) for loss in (math.nan, 3, 1, 2, 0.5)),
+# The validation's loss of each epoch, and what the arguments of its run have besides.
+EPOCHS: list[tuple[float | None, dict[str, object]]] = [
+    (None, {}),  # not validated
+    (0.1, {"fsdp": 1}),  # no rank has the whole model
+    (0.1, {"save_logs": False}),  # another rank than the first
+    *((loss, {}) for loss in (math.nan, 3, 1, 2, 0.5)),
 ]
 
 
@@ -39,8 +39,9 @@ def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
     kept = []
     for epoch, (loss, changes) in enumerate(EPOCHS):
         model = Namespace(state_dict=lambda epoch=epoch: {"module.weight": epoch})
+        found = {} if loss is None else {patches.LOSS: loss}
+        evaluate = partial(patches.TrainerPatches({}).evaluate, lambda *_, found=found: found)
         given = {"save_logs": True, "checkpoint_path": str(tmp_path), "name": "run", **changes}
-        evaluate = partial(patches.TrainerPatches({}).evaluate, lambda *_, found=loss: found)
         evaluate(Namespace(trainable_module=model), None, epoch, Namespace(**given))
         for file in tmp_path.glob(patches.BEST):
             saved = torch.load(file, weights_only=True)

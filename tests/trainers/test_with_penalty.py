@@ -101,14 +101,11 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda loss: {"itc_loss": loss, "accuracy": 0.5}, "the keys ['itc_loss', 'accuracy']"),
         (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
         (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
         (lambda loss: (loss, True), "bool"),
         (lambda loss: [loss, loss], "list"),
-        (lambda loss: {}, "an empty dict"),
         (lambda loss: (), "an empty tuple"),
-        (lambda loss: loss > 0, "Tensor () of torch.bool on "),
         (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
@@ -120,9 +117,6 @@ def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, 
         wrapped(*features)
 
 
-NOT_TWO = "pass features=, two of these names"
-
-
 @pytest.mark.parametrize(
     ("loss", "names", "message"),
     [
@@ -130,10 +124,8 @@ NOT_TWO = "pass features=, two of these names"
         (torch.compile(SigLipLoss(), backend="eager"), FEATURES, "compile the wrapper"),
         (nn.CrossEntropyLoss(), FEATURES, r"takes \['input', 'target'\], not .*image_features"),
         (SigLipLoss, FEATURES, "loss must be a module"),
-        (SigLipLoss(), None, NOT_TWO),
-        (SigLipLoss(), FEATURES[:1] * 2, NOT_TWO),
-        (SigLipLoss(), ("a", "b", "c"), NOT_TWO),
-        (SigLipLoss(), ([1], [2]), NOT_TWO),
+        (SigLipLoss(), None, "pass features=, two of these names"),
+        (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) -> None:
