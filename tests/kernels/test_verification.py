@@ -76,7 +76,6 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
     ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
-    ({"function": "siglip", "distinct_ids": 4}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}, (SIGMOID,)),
     (
         {
@@ -194,14 +193,8 @@ def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
     monkeypatch.setattr(kernels, GRADS, partial(fault, kernels.contrastive_grads))
     found, [message] = run(step)
     torch.testing.assert_close(found, step("eager"))
-    for text in (
-        "the Triton kernels do not work on cpu (CPU, ",
-        torch.__version__,
-        problem,
-        "PyTorch computes torch.bfloat16 instead",
-        f" {GRADS}(",
-    ):
-        assert text in message
+    assert f" {GRADS}(" in message
+    assert problem in message
     assert verified(torch.float32).problem is None
     if fault is fails:
         with pytest.raises(RuntimeError, match=problem):

@@ -117,12 +117,9 @@ def flops(case: Case, work: Callable[..., object]) -> int:
         ("siglip", 40, (0, 0), 6, 0),
         # Dense: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
         ("cyclip", 18, (0, 0), 6, 0),
-        ("siglip", 18, (0, 0), 6, 0),
-        ("cyclip", 18, (0.25, 0.25), 12, 0),
         ("cyclip", 18, (0.25, 0.5), 12, 0),
         # The penalties alone.
         ("penalties", 18, (0.25, 0.5), 6, 0),
-        ("penalties", 19, (0.25, 0.25), 0, 8),
         ("penalties", 19, (0.25, 0.5), 0, 14),
     ],
 )

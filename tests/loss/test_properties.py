@@ -191,16 +191,18 @@ WITHOUT_NEGATIVES = Batch(
 @given(
     batch=batches(False),
     weights=st.lists(st.integers(0, 3), min_size=24, max_size=24),
+    sign=st.sampled_from([1, -1]),
     one_way=st.booleans(),
 )
-@example(batch=WITHOUT_NEGATIVES, weights=[1] * 24, one_way=False)
+@example(batch=WITHOUT_NEGATIVES, weights=[1] * 24, sign=1, one_way=False)
 def test_log_sum_exps_equal_their_definition(
-    batch: Batch, weights: list[int], one_way: bool
+    batch: Batch, weights: list[int], sign: int, one_way: bool
 ) -> None:
-    """weights: upstream gradients, those of the pair logits plus 1."""
+    """weights: upstream gradients, those of the pair logits plus 1. sign: of all of them."""
     given = {name: x for name, x in batch.arguments().items() if "negative_image" not in name}
     upstream = torch.tensor(weights, dtype=torch.float64, device=batch.device).view(3, 8)
     upstream[0] -= 1
+    upstream *= sign
 
     def results(function: Any, given: Tensors) -> Tensors:
         vectors: list[Tensor] = []

@@ -98,9 +98,10 @@ def test_small_batches_have_second_derivatives(options: dict[str, Any], device) 
 
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
 SCHEDULE = [
-    (0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.1, 0.6), (0.0, 0.0), (0.0, 0.3), (0.2, 0.0),
-    (0.7, 0.7), (0.5, 0.2), (0.0, 0.4), (0.6, 0.0),
-]  # fmt: skip
+    lambdas
+    for x in (0.2, 0.3, 0.4)
+    for lambdas in ((x, x), (x, 2 * x), (0.0, 0.0), (0.0, x), (x, 0.0))
+]
 
 
 @pytest.mark.parametrize("scale", ["tensor", "number", "none"])

@@ -1,7 +1,5 @@
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
-import logging
-import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -104,12 +102,3 @@ def test_nothing_is_checked_while_a_cuda_graph_is_captured(monkeypatch) -> None:
         capturing.setattr(checks, "is_capturing", lambda features: True)
         assert messages(call) == []
     assert len(messages(call)) == 1
-
-
-def test_the_debug_log_shows_the_plan_of_each_call(caplog) -> None:
-    caplog.set_level(logging.DEBUG, "cyclip_loss")
-    for features in (ROWS, ROWS[:, :1]):
-        CyCLIPLoss()(features, features, 10.0)
-    first, second = caplog.messages
-    assert re.match(r"4 pairs in all, D = 4: .*dense", first)
-    assert re.match(r"4 pairs in all, D = 1: .*streamed", second)

@@ -70,12 +70,10 @@ DIFFERING: list[tuple[str, Call, Call]] = [
     ("uneven", {}, UNEVEN),
     ("lambda_inmodal", {}, {"lambdas": (0.5, 0.25)}),
     ("whether a penalty has a weight", {}, {"lambdas": (0.0, 0.0)}),
-    ("lambda_crossmodal", {}, {"lambdas": (0.25, 0.0)}),
     ("reference_batch_size", {}, {"reference_batch_size": 128}),
     ("inmodal_contrastive_weight", VIEWS, VIEWS | {"inmodal_contrastive_weight": 0.5}),
     ("whether the penalties are computed apart", {}, {"output_dict": True}),
     ("augmented and negative features", {}, VIEWS),
-    ("augmented and negative features", {}, {"negatives": (4, None)}),
     ("rows of negative_text_features (unless uneven=True)", *(
         {"negatives": (count, None)} for count in (4, 2))),
     ("rows of image_features and text_features (unless uneven=True)", {}, {"n": 3}),
@@ -87,7 +85,7 @@ DIFFERING: list[tuple[str, Call, Call]] = [
     ("whether an input of each contrastive term requires", *(
         VIEWS | RING | {"frozen": NO_VIEW | set(names)} for names in ([], FEATURES[:1]))),
     ("the function", {}, LSE),
-    ("the function", SIGLIP | {"dist_impl": "gather"}, {"dist_impl": "gather"}),
+    ("the function", SIGLIP, {}),
     ("the function", UNEVEN, {"metrics": True}),
     ("one_way", LSE, {"function": "one way"}),
 ]  # fmt: skip

@@ -93,12 +93,8 @@ def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: 
     have different graphs. If the graph decided what is sent, the last step would crash.
     """
     # Equal lambdas need no Gram matrix C, so they have a graph of their own.
-    steps = [
-        ((4, 4), (0.3, 0.2)),
-        ((7, 7), (1.3, 2.2)),
-        ((9, 9), (2.3, 4.2)),
-        *(((n, n), (x, x)) for n, x in ((4, 0.3), (5, 0.4), (6, 0.5))),
-    ]
+    lambdas = [(0.3, 0.2), (1.3, 2.2), (2.3, 4.2), *((x, x) for x in (0.3, 0.4, 0.5))]
+    steps = [((n, n), x) for n, x in zip((4, 7, 9, 4, 5, 6), lambdas, strict=True)]
     if uneven:
         steps = [(rows, (0.3, 0.2)) for rows in ((4, 4), (4, 3), (1, 5), (0, 2))]
     for counts in ranks.run(2, rank_graphs, steps, dist_impl, uneven):

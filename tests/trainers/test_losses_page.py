@@ -60,16 +60,11 @@ def make_data(n: int) -> dict[str, Tensor]:
     } | dict(zip(TEACHER, pairs(n, D + 2, 0.5, seed=9, device="cpu"), strict=True))
 
 
-def unit(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows of unit length, for which the formulas hold. Their gradients are tangential."""
-    return {name: F.normalize(x, dim=1) if name in FEATURES else x for name, x in data.items()}
-
-
 def run_block(
     block: str, data: dict[str, Tensor], n: int, ids: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
-    names: dict[str, Any] = unit(data)
+    names: dict[str, Any] = dict(data)
     exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, ids=ids, **options)
     names["CyCLIPLoss"] = lambda *lambdas: partial(
@@ -318,26 +313,24 @@ def recipes(answer: str = "") -> list[str]:
     return [marker for marker in DENSE for text in sections if marker in text and answer in text]
 
 
-def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
+def results(loss_fn: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss of these variables and a logit scale, and its gradients by name."""
     scale = torch.tensor(SCALE, dtype=torch.float64)
-    leaves = {**data, "logit_scale": scale}
-    return {
+    leaves = {
         name: x.detach().clone().requires_grad_(x.is_floating_point() and name not in CONSTANTS)
-        for name, x in leaves.items()
+        for name, x in {**data, "logit_scale": scale}.items()
     }
-
-
-def gradients(loss: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    leaves = {name: x for name, x in data.items() if x.requires_grad}
+    # Rows of unit length, for which the formulas hold. Their gradients are tangential.
+    units = {name: F.normalize(x, dim=1) if name in FEATURES else x for name, x in leaves.items()}
+    loss = loss_fn(units)
+    inputs = {name: x for name, x in leaves.items() if x.requires_grad}
     options = {"allow_unused": True, "materialize_grads": True}
-    found = torch.autograd.grad(loss, list(leaves.values()), **options)
-    return dict(zip(leaves, found, strict=True))
+    grads = torch.autograd.grad(loss, list(inputs.values()), **options)
+    return {"loss": loss.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
-def expected(marker: str, n: int, ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    data = with_gradients(make_data(n))
-    loss = DENSE[marker](unit(data), mask(n, ids))
-    return loss, gradients(loss, data)
+def expected(marker: str, n: int, ids: Tensor | None) -> dict[str, Tensor]:
+    return results(lambda data: DENSE[marker](data, mask(n, ids)), make_data(n))
 
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -351,19 +344,14 @@ SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinc
 @pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
 def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> None:
     ids = torch.arange(n) % distinct if distinct else None
-    data = with_gradients(make_data(n))
-    loss = run_block(block_with(marker), data, n, ids)
-    torch.testing.assert_close((loss, gradients(loss, data)), expected(marker, n, ids), **CLOSE)
+    found = results(lambda data: run_block(block_with(marker), data, n, ids), make_data(n))
+    torch.testing.assert_close(found, expected(marker, n, ids), **CLOSE)
 
 
-def step(
-    rank: int, world_size: int, marker: str, n: int, dist_impl: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> dict[str, Tensor]:
     own = {name: x.chunk(world_size)[rank] for name, x in make_data(n).items()}
-    data = with_gradients(own)
     block = block_with(ACROSS_RANKS.get(marker, marker))
-    loss = run_block(block, data, n, dist_impl=dist_impl)
-    return loss.detach(), gradients(loss, data)
+    return results(lambda data: run_block(block, data, n, dist_impl=dist_impl), own)
 
 
 @pytest.mark.parametrize("marker", recipes("Ranks: yes"))
@@ -373,14 +361,13 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
 ) -> None:
     n = 12
     answers = ranks.run(world_size, step, marker, n, dist_impl)
-    loss, exact = expected(marker, n, None)
-    if marker not in ACROSS_RANKS:  # else only the gradients are the same
-        mean = torch.stack([value for value, _ in answers]).mean()
-        torch.testing.assert_close(mean, loss.detach(), **CLOSE)
-    for name, gradient in exact.items():
-        parts = [grads[name] for _, grads in answers]
-        found = torch.stack(parts).sum(dim=0) if gradient.ndim == 0 else torch.cat(parts)
-        torch.testing.assert_close(found / world_size, gradient, **CLOSE, msg=name)
+    exact = expected(marker, n, None)
+    if marker in ACROSS_RANKS:  # only the gradients are the same
+        del exact["loss"]
+    for name, right in exact.items():
+        parts = [answer[name] for answer in answers]
+        found = torch.cat(parts) if right.ndim else sum(parts)
+        torch.testing.assert_close(found / world_size, right, **CLOSE, msg=name)
 
 
 def test_every_recipe_of_the_page_is_compared() -> None:
@@ -393,9 +380,5 @@ def test_soft_targets_need_no_matrix() -> None:
     """In float64. The N x N form keeps several."""
     torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
     n, block = 4096, block_with("expected_partner(teacher_images")
-    leaves = with_gradients(make_data(n))
-
-    def step() -> None:
-        gradients(run_block(block, leaves, n), leaves)
-
+    step = partial(results, lambda data: run_block(block, data, n), make_data(n))
     assert allocated_peak(torch.device("cpu"), step) < 8 * n * n / 2
