@@ -51,8 +51,6 @@ GPUS = [
 def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     gpu: Any, version: str | None, expected: str | None, monkeypatch
 ) -> None:
-    """A supported GPU without Triton warns once what to install."""
-
     def version_of(package: str) -> str:
         if version == "?":
             raise numerics.metadata.PackageNotFoundError(package)
@@ -63,30 +61,27 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     monkeypatch.setattr(numerics.metadata, "version", version_of)
-    architecture = numerics.architecture.__wrapped__
-    monkeypatch.setattr(engines, "architecture", architecture)
-    monkeypatch.setattr(engines, "_kernels_import", lru_cache(engines._kernels_import.__wrapped__))
     if version is None:
-        for module in (engines, numerics):
-            monkeypatch.setattr(module, "find_spec", lambda name: None)
-        monkeypatch.delattr("cyclip_loss.kernels")
-        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)  # importing them fails
+        monkeypatch.setattr(numerics, "find_spec", lambda name: None)
+    assert numerics.architecture.__wrapped__(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_without_triton_or_on_another_gpu_pytorch_computes(is_supported: bool, monkeypatch) -> None:
+    """A supported GPU without Triton warns once what to install."""
+    monkeypatch.setattr(engines, "architecture", lambda device: "sm_90" if is_supported else None)
+    monkeypatch.setattr(engines, "_kernels_import", lru_cache(engines._kernels_import.__wrapped__))
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.delattr("cyclip_loss.kernels")
+    monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)  # importing them fails
     features = SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.float32, is_cuda=True, shape=(2, 2)
     )
-    assert architecture(features.device) == expected
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = [engines.choose("auto", features) for _ in range(2)]
-    if expected and version:
-        assert (chosen, caught) == (["verified kernels"] * 2, [])
-        return
-    reason = "cannot be imported" if expected else "do not support cuda"
-    assert chosen == ["eager"] * 2
-    assert ["`pip install triton`" in str(warning.message) for warning in caught] == (
-        [True] if expected else []
-    )
-    with pytest.raises(ValueError, match="needs Triton" if expected else reason):
+        assert [engines.choose("auto", features) for _ in range(2)] == ["eager"] * 2
+    assert ["`pip install triton`" in str(x.message) for x in caught] == [True] * is_supported
+    with pytest.raises(ValueError, match="needs Triton" if is_supported else "do not support cuda"):
         engines.choose("triton", features)
 
 

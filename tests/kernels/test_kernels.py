@@ -163,7 +163,7 @@ def test_threads_that_store_the_same_sum_round_each_product(uninterpreted: Execu
 
 
 @pytest.mark.parametrize(
-    ("newer", "older"), [("ieee", "high"), ("tf32", "highest"), (None, "high"), (None, "highest")]
+    ("newer", "older"), [("ieee", "high"), ("tf32", "highest"), (None, "high")]
 )
 def test_the_newer_setting_of_float32_products_counts(
     newer: str | None, older: str, monkeypatch

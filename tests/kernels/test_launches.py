@@ -134,7 +134,6 @@ def launches_of_a_step(case: Case) -> int:
     ("options", "most"),
     [
         ({}, 28),  # one of them sums parts of the Gram matrices, from 2,048 pairs on
-        ({"lambdas": (0.5, 0.25)}, 28),
         ({"lambdas": (0, 0)}, 20),
         ({"lambdas": (0, 0), "function": "siglip"}, 25),
         # 9 and 16 of them belong to the PyTorch code of the two losses.

@@ -35,10 +35,13 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(
     assert message in printed
 
 
-@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
 @pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [(RunFailed("why"), 1, "why"), (UsageError("why"), 2, "why"), (KeyboardInterrupt(), 130, None)],
+    ("error", "code", "line", "variable"),
+    [
+        (RunFailed("why"), 1, "why", "LOCAL_RANK"),
+        (UsageError("why"), 2, "why", "SLURM_LOCALID"),
+        (KeyboardInterrupt(), 130, None, "LOCAL_RANK"),
+    ],
 )
 def test_the_first_rank_says_in_one_line_how_a_command_ended(
     error: BaseException, code: int, line: str | None, variable: str, monkeypatch, capsys

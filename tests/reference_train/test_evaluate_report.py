@@ -11,25 +11,17 @@ from reference_train.evaluate import records, report
 from reference_train.evaluate.records import read_evaluation
 
 DATASET = {"images": 100, "train_images": 0, "classes": {"class": 95}, "templates": 1}
-DATASET |= {"captions": 0, "groups": {}, "mean_over": []}
-SETS = {"icons": DATASET, "emoji": DATASET}
-REST = {"failed": {}, "settings": {}, "versions": {}, "device": "cpu", "command": ""}
+SETS = {"icons": DATASET | {"captions": 0, "groups": {}, "mean_over": []}}
+REST = {"failed": {}, "settings": {}, "versions": {}, "device": "cpu", "command": "", "date": ""}
 
 
-def evaluation(runs: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """runs: the accuracy of each run on all datasets, or on some."""
-    results = {}
-    for run, found in runs.items():
-        found = dict.fromkeys(SETS, found) if isinstance(found, float) else found
-        results[run] = {x: {"numbers": {"top1": found[x]}, "groups": {}} for x in found}
+def write(folder: str, *runs: str, top1: float = 0.1, **fields: Any) -> None:
+    """An evaluation of these runs, which have this accuracy."""
+    found = {name: {"numbers": {"top1": top1}, "groups": {}} for name in SETS}
     checkpoints = {run: {"loss": None, "seed": None} for run in runs}
-    fields["checkpoints"] = checkpoints | fields.get("checkpoints", {})
-    return {**REST, "date": "today", "data_sets": SETS, "results": results, **fields}
-
-
-def write(folder: Path, *runs: Any, **fields: Any) -> str:
-    records.save(evaluation(*runs, **fields), folder)
-    return str(folder)
+    checkpoints |= fields.pop("checkpoints", {})
+    result = {**REST, "data_sets": SETS, "checkpoints": checkpoints, **fields}
+    records.save({**result, "results": {run: found for run in runs}}, Path(folder))
 
 
 # Table -> the record that it is made from.
@@ -50,20 +42,16 @@ def test_a_committed_table_is_that_of_its_record(table: str) -> None:
 def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path, monkeypatch) -> None:
     """Runs of the same weights are one column, and runs of others are two."""
     monkeypatch.chdir(tmp_path)
-    for name, path, written, data_sets, steps in (
-        ("a", "logs/run", "1", ["icons", "emoji"], 1178),
-        ("b", "/old/run", "1", ["icons"], 620),  # moved, and measured again
-        ("c", "logs/run", "2", [], 620),
+    for name, path, written, steps in (
+        ("a", "logs/run", "1", 1178),
+        ("b", "/old/run", "1", 620),  # moved, and measured again
+        ("c", "logs/run", "2", 620),
     ):
-        write(
-            Path(name),
-            {"run": dict.fromkeys(data_sets, 0.1), name: 0.1},
-            checkpoints={"run": {"loss": None, "seed": None, "path": path, "written": written}},
-            settings={"steps": steps},
-            history={name: [steps]},
-        )
+        weights = {"run": {"loss": None, "seed": None, "path": path, "written": written}}
+        settings, history = {"steps": steps}, {name: [steps]}
+        write(name, "run", name, checkpoints=weights, settings=settings, history=history)
     # Without weights, other numbers are those of another run.
-    write(Path("d"), {"a": 0.2}, settings={"steps": 620})
+    write("d", "a", top1=0.2, settings={"steps": 620})
     report.main([*"abcd", "--out", "merged"])
     merged = read_evaluation(Path("merged"))
     assert list(merged["results"]) == ["run", "a", "b", "c-run", "c", "d-a"]
@@ -72,10 +60,9 @@ def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path, m
 
 
 def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path, monkeypatch) -> None:
-    write(tmp_path / "a", {"clip-0": 0.1})
-    other = {name: data | {"images": 99} for name, data in SETS.items()}
-    write(tmp_path / "b", {"clip-1": 0.1}, data_sets=other)
     monkeypatch.chdir(tmp_path)
+    write("a", "clip-0")
+    write("b", "clip-1", data_sets={"icons": SETS["icons"] | {"images": 99}})
     with pytest.raises(UsageError, match="b: icons is another dataset there"):
         report.main(["a", "b", "--out", "out"])
 
@@ -88,7 +75,6 @@ PROBES = {"May 2022", "April 2022"}
     [
         ("dtd", 1880, 3760, "linear_probe", PROBES, False),
         ("dtd", 1880, 1880, "linear_probe", set(), True),
-        ("caltech101", 1880, 1880, "linear_probe", PROBES, True),  # its split is not known
         ("cifar10", 20, 0, "top1", set(), True),
         # Not the paper's runs on less data.
         ("imagenet1k", 50_000, 0, "top1", {"paper", "reproduced"}, False),

@@ -172,14 +172,10 @@ def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: 
     assert_close(results(model), results(expected_model))
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_runs_compiled_for_one_shape_or_two(in_place: bool) -> None:
+def test_a_compiled_model_runs_compiled_for_one_shape_or_two() -> None:
     torch._dynamo.reset()
-    model, counter = make(), CompileCounterWithBackend("aot_eager")
-    if in_place:
-        model.compile(backend=counter)
-    else:
-        model = torch.compile(model, backend=counter)
+    counter = CompileCounterWithBackend("aot_eager")
+    model = torch.compile(make(), backend=counter)
     counts = []
     for rows in (8, 8, 7, 8):
         cached_backward(model, CyCLIPLoss(), *inputs(rows), mini_batch_size=4)
@@ -327,26 +323,17 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
     assert most <= 2
 
 
-def replaced_while_it_runs(rank: int, world_size: int) -> list[str]:
-    """What is not DDP's own: of its class while the model runs, of the instance in the loss."""
-    original, replaced = DistributedDataParallel.forward, []
+def sees_ddps_own_forward(rank: int, world_size: int) -> bool:
+    original, seen = DistributedDataParallel.forward, []
     model = DistributedDataParallel(make(training=False))
-
-    def look(*args: Any) -> None:
-        if DistributedDataParallel.forward is not original:
-            replaced.append("forward of the class")
-
-    def loss_fn(**features: Tensor) -> Tensor:
-        replaced.extend(vars(model).keys() & {"forward"})
-        return CyCLIPLoss(distributed=False)(**features)
-
+    look = lambda *_: seen.append(DistributedDataParallel.forward)  # noqa: E731
     model.module.image.register_forward_pre_hook(look)
-    cached_backward(model, loss_fn, *inputs(), mini_batch_size=4)
-    return [*replaced, *vars(model).keys() & {"forward"}]
+    cached_backward(model, CyCLIPLoss(distributed=False), *inputs(), mini_batch_size=4)
+    return {*seen} == {original} and "forward" not in vars(model)
 
 
-def test_nothing_of_ddp_is_replaced_but_in_the_instance_while_it_runs(ranks: Ranks) -> None:
-    assert ranks.run(1, replaced_while_it_runs) == [[]]
+def test_the_class_of_ddp_stays_as_it_is_while_the_model_runs(ranks: Ranks) -> None:
+    assert ranks.run(1, sees_ddps_own_forward) == [True]
 
 
 class Reductions(TorchDispatchMode):
@@ -477,10 +464,9 @@ Output = make_dataclass("Output", ["image_features", "text_features"])
         ({"mini_batch_size": 0}, ValueError, "mini_batch_size must be at least 1, got 0"),
         ({"mini_batch_size": 2.5}, TypeError, "mini_batch_size must be an integer, got 2.5"),
         ({"inputs": [torch.ones(3, 6), torch.ones(2, 5)]}, ValueError, r"rows, got \[3, 2\]"),
-        ({"inputs": [np.ones((9, 9))]}, TypeError, r"inputs must be tensors .*, got array\(\[\["),
-        ({"inputs": [torch.tensor(1.0)]}, TypeError, r"with rows, got tensor\(1.\)"),
+        ({"inputs": [np.ones((9, 9))]}, TypeError, "inputs must be tensors"),
+        ({"inputs": [torch.tensor(1.0)]}, TypeError, "inputs must be tensors with rows"),
         ({"output_transform": lambda output: {"logit_scale": 1.0}}, ValueError, "features"),
-        ({"output_transform": lambda output: output["image_features"]}, ValueError, "a tuple or"),
         ({"output_transform": lambda output: Output(1, 2)}, ValueError, "a dict .* got Output"),
         ({"loss_fn": lambda image_features, **_: image_features}, TypeError, "return a scalar"),
         ({"loss_fn": lambda **_: None}, TypeError, "must return a scalar"),

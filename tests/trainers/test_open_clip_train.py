@@ -178,7 +178,6 @@ RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
     [
         # torchrun allows a "--" before the script's flags.
         (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **OF_128)),
-        (SigLipLoss(), ("--siglip", *RING), CySigLIPLoss(dist_impl="ring", **OF_128)),
         (SigLipLoss(), (*RING, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_128)),
         (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_128)),
         (Other(), (), WithCyclicPenalty(Other(), **OF_128)),

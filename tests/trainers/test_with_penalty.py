@@ -136,9 +136,3 @@ def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) 
     wrapped.features = names
     with pytest.raises(TypeError, match=message):
         wrapped(torch.ones(2, 2), torch.ones(2, 2), 10.0)
-
-
-def test_a_callable_must_return_two_features(features) -> None:
-    wrapped = WithCyclicPenalty(ClipLoss(), features=lambda *_: features[:1])
-    with pytest.raises(TypeError, match="the image and the text features, got "):
-        wrapped(*features, 10.0)
