@@ -63,8 +63,6 @@ BAD_ARGUMENTS: dict[str, dict[type[Exception], list[Any]]] = {
     "output_dict": {TypeError: [0.25]},
     NEGATIVES[0]: {ValueError: [GOOD[:, :2], GOOD[0]]},
     NEGATIVES[1]: {TypeError: [GOOD.double()]},
-    VIEWS[0]: {ValueError: [GOOD]},  # without the other views
-    VIEWS[1]: {ValueError: [GOOD]},
 }
 
 
@@ -92,6 +90,8 @@ def call(**options: Any) -> Any:
         (lambda: call(process_group="a group"), ValueError, "not initialised"),
         # Not before the call, as the group may be initialised after construction.
         (lambda: call(rank=3, world_size=8), ValueError, "rank=3 and world_size=8"),
+        (lambda: CyCLIPLoss()(**GIVEN, augmented_image_features=GOOD), ValueError, VIEWS[1]),
+        (lambda: CyCLIPLoss()(**GIVEN, augmented_text_features=GOOD), ValueError, VIEWS[0]),
         (lambda: caption_ids(NESTED), TypeError, "tokens"),
         (lambda: caption_ids(GOOD), TypeError, "tokens"),
         (lambda: caption_ids(IDS), TypeError, "tokens"),
@@ -109,7 +109,7 @@ LOSS = [CyCLIPLoss, *SIGLIP]
 EVERY = [*LOSS, CyclicPenalty, partial(WithCyclicPenalty, PlainClip())]
 BAD_OPTIONS: dict[type[Exception], list[tuple[list[Any], str, Any]]] = {
     ValueError: [
-        *((EVERY, "lambda_inmodal", bad) for bad in (-0.1, torch.nan, HUGE)),
+        *((EVERY, "lambda_inmodal", bad) for bad in (-0.1, torch.nan)),
         (EVERY, "lambda_crossmodal", torch.inf),
         (EVERY, "reference_batch_size", 0),
         (EVERY, "impl", "cuda"),

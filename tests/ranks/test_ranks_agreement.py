@@ -17,7 +17,6 @@ from rank_cases import RankCase
 from support import forget_warnings
 
 from cyclip_loss import (
-    CyclicPenalty,
     CyCLIPLoss,
     CyCLIPWarning,
     consistency_metrics,
@@ -147,9 +146,9 @@ def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks: Rank
 
 
 def warnings_by_call(rank: int, world_size: int, n: int) -> list[list[str]]:
-    """The warnings of the loss, of the penalties, and of kernels that do not work on rank 1."""
+    """The warnings of the loss, and of kernels that do not work on rank 1."""
     inputs = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
-    calls = [lambda: CyCLIPLoss()(*inputs), lambda: CyclicPenalty()(*inputs[:2])]
+    calls = [lambda: CyCLIPLoss()(*inputs)]
     if rank == 1:
         fails = {"subject": "kernels", "text": "they do not work", "every_rank": True}
         calls.append(lambda: usage_warnings.warn_once(**fails))
@@ -168,8 +167,7 @@ def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(
     rows_per_rank, warned, ranks
 ) -> None:
     """The number of pairs on all ranks counts. A rank's own problem warns on that rank."""
-    first, (*second, [own]) = ranks.run(2, warnings_by_call, rows_per_rank)
-    assert [len(texts) for texts in first] == [warned] * 2
-    assert all("times as strong" in text for texts in first for text in texts)
-    assert second == [[], []]
+    [first], [second, [own]] = ranks.run(2, warnings_by_call, rows_per_rank)
+    assert ["times as strong" in text for text in first] == [True] * warned
+    assert second == []
     assert own.startswith("rank 1: they do not work")

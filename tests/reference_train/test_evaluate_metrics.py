@@ -74,8 +74,6 @@ def test_a_tie_of_neighbours_drops_the_farthest() -> None:
     # The majorities of three are 6, 1 (1 2 3 is a tie, and so is 1 2) and 4.
     numbers = metrics.consistency(torch.tensor([6, 1, 7]), neighbours)
     assert numbers == pytest.approx({"consistency_1": 1 / 3, "consistency_3": 2 / 3})
-    # The farthest is dropped until there is no tie.
-    assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1
 
 
 def test_coarse_and_fine_accuracy_are_those_counted_by_hand() -> None:

@@ -104,7 +104,6 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
         (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
         (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
         (lambda loss: (loss, True), "bool"),
-        (lambda loss: [loss, loss], "list"),
         (lambda loss: (), "an empty tuple"),
         (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
