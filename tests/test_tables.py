@@ -1,7 +1,8 @@
 """The marks in the tables of results, which `.mkdocs/tables.py` makes from the records."""
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +18,7 @@ quarter = runs/quarter-1024-?"""
 
 @pytest.fixture(scope="module")
 def tables() -> Any:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / ".mkdocs/tables.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / ".mkdocs/tables.py")))
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def verified(dtype: torch.dtype) -> VerifiedKernels:
 
 
 def step(impl: str = "auto", **options: Any) -> Any:
-    """The loss and the gradients of a training step."""
-    case = Case(6, 4, BFLOAT16, **options)
+    """The loss and the gradients of a training step, in bfloat16 by default."""
+    case = Case(6, 4, **{"dtype": BFLOAT16, **options})
     return evaluate(case, case.arguments("cpu"), impl)
 
 
@@ -74,6 +74,11 @@ FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_feat
 # The options of a step, and the functions that it calls in another layout than a plain step.
 STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
+    ({"dtype": torch.float32}, PLAIN),
+    (
+        {"dtype": torch.float32, "function": "siglip"},
+        (SIGMOID, GRAMS, CYCLIC, CYCLIC_GRADS),
+    ),
     ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}, (SIGMOID,)),
@@ -119,7 +124,11 @@ def recorded_comparisons(
 def test_each_new_layout_is_compared_and_a_fault_is_noticed(
     options: dict[str, Any], functions: tuple[str, ...], monkeypatch
 ) -> None:
-    """In every result of every function. The step itself uses kernels that agree."""
+    """In every result of every function. The step itself uses kernels that agree.
+
+    Rounding explains a small fault in bfloat16, and not in float32.
+    """
+    dtype = options.get("dtype", BFLOAT16)
     with monkeypatch.context() as patch:
         compared = recorded_comparisons(patch)
         if options:
@@ -127,13 +136,14 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         known = len(compared)
         for seed in (0, 1):  # only once
             step(**options, seed=seed)
-    engine = verified(BFLOAT16)
+    engine = verified(dtype)
     assert engine.problem is None
     assert sorted(function for function, _ in compared[known:]) == sorted(functions)
     for function, arguments in compared[known:]:
         original = getattr(kernels, function)
         results = enumerate(tree_leaves(original(*arguments)))
-        faults = [partial(scaled, index) for index, x in results if x is not None and x.any()]
+        scale = partial(scaled, factor=1.1 if dtype == BFLOAT16 else 1.001)
+        faults = [partial(scale, index) for index, x in results if x is not None and x.any()]
         faults += [] if options else [without_nan, *(partial(without_nan_in, i) for i in (0, 1))]
         if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
             faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
@@ -141,23 +151,6 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         for fault in faults:
             monkeypatch.setattr(kernels, function, partial(fault, original))
             assert engine.compare(function, arguments) is not None, (function, fault)
-        monkeypatch.setattr(kernels, function, original)
-
-
-def test_a_small_fault_in_float32_is_noticed(monkeypatch) -> None:
-    """One that rounding explains in bfloat16."""
-    with monkeypatch.context() as patch:
-        compared = recorded_comparisons(patch)
-        for function in ("cyclip", "siglip"):
-            case = Case(6, 4, function=function)
-            evaluate(case, case.arguments("cpu"), "auto")
-    engine = verified(torch.float32)
-    assert engine.problem is None
-    assert {function for function, _ in compared} == {*PLAIN, SIGMOID}
-    for function, arguments in compared:
-        original = getattr(kernels, function)
-        monkeypatch.setattr(kernels, function, partial(scaled, 0, original, factor=1.001))
-        assert engine.compare(function, arguments) is not None, function
         monkeypatch.setattr(kernels, function, original)
 
 
@@ -235,25 +228,19 @@ def test_two_threads_compare_a_layout_once(monkeypatch) -> None:
 
 def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch) -> None:
     """A warning in the comparison is no error either, although the caller turns it into one."""
-    settings, original = [], VerifiedKernels.small_batch
+    original = VerifiedKernels.small_batch
 
-    def recorded(*arguments: Any) -> Any:
+    def warns(*arguments: Any) -> Any:
         warnings.warn("deprecated in a compiler", DeprecationWarning, stacklevel=1)
-        settings.append(
-            (
-                torch.empty(0).device,
-                torch.is_autocast_enabled("cpu"),
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_inference_mode_enabled(),
-            )
-        )
+        assert torch.empty(0).device == torch.device("cpu")
+        assert not torch.are_deterministic_algorithms_enabled()
         return original(*arguments)
 
     def state() -> tuple[Any, ...]:
         mode, numbers = torch.get_deterministic_debug_mode(), torch.get_rng_state()
         return mode, list(warnings.filters), numbers.tolist()
 
-    monkeypatch.setattr(VerifiedKernels, "small_batch", recorded)
+    monkeypatch.setattr(VerifiedKernels, "small_batch", warns)
     image, text, _ = Case(6, 4).inputs("cpu")
     engine = verified(torch.float32)
     with (
@@ -270,7 +257,6 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatc
         engine.gram_matrices(image, text, False)
         assert state() == before
     assert engine.problem is None
-    assert settings == [(torch.device("cpu"), False, False, False)]
 
 
 def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import value_and_grads
 from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, NEGATIVES, Tensors
@@ -88,16 +89,8 @@ class Batch:
 
     def gradients(self, function: Any, given: Tensors) -> Tensors:
         """The result of `function(**given)`, under the name "value", and its gradients."""
-        floats = {
-            name: x.detach().requires_grad_() for name, x in given.items() if x.is_floating_point()
-        }
         with strips_of(self.strip_rows):
-            value = function(**{**given, **floats})
-            value.backward()
-        grads = {
-            name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in floats.items()
-        }
-        return {"value": value.detach(), **grads}
+            return value_and_grads(function, given)
 
 
 @st.composite
@@ -442,10 +435,10 @@ PERFECT = replace(
 @given(batch=batches(), place=st.tuples(PLACE, PLACE, PLACE))
 @example(batch=PERFECT, place=(0, 0, 0))
 @example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0))
-def test_nan_and_infinity_in_any_feature_never_give_a_finite_loss(
+def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
     batch: Batch, place: tuple[int, int, int]
 ) -> None:
-    """Not even if logits of -inf would leave it finite. place: which features, row and column.
+    """Not even if logits of -inf would leave it finite. place: which input, row and column.
 
     sign: of all texts, if images are positive.
     """
@@ -455,9 +448,10 @@ def test_nan_and_infinity_in_any_feature_never_give_a_finite_loss(
         names = [name for name, x in given.items() if "features" in name and len(x)]
         for name in names if sign else ():
             given[name] = given[name].abs() * (sign if "text" in name else 1)
+        names.append("logit_scale")
         name = names[place[0] % len(names)]
-        n, d = given[name].shape
-        given[name][place[1] % n, place[2] % d] = bad
+        n, d = torch.atleast_2d(given[name]).shape
+        torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
         with strips_of(batch.strip_rows):
             terms = batch.module(same_ids=batch.same_ids)(**given, output_dict=True)
         results = [sum(terms.values())]

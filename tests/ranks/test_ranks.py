@@ -1,7 +1,6 @@
 """Ranks compute the loss and gradients that one process computes for the whole batch."""
 
 from contextlib import closing
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -37,20 +36,6 @@ def test_kernels_are_accurate_across_ranks(
     data: st.DataObject, world_size: int, ranks: Ranks
 ) -> None:
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
-
-
-@DIST_IMPLS
-@pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps", "one way"])
-def test_all_options_together_are_accurate(
-    function: str, impl: str, dist_impl: str, ranks: Ranks
-) -> None:
-    """Each rank's rows, and the columns, need several tiles. A rank without rows comes last."""
-    options = {"function": function, "impl": impl, "dist_impl": dist_impl, "d": 7}
-    options |= {"dtype": torch.float32, "lambdas": (0.5, 0.25), "views": True}
-    case = RankCase(rows_per_rank=(40, 40), distinct_ids=4, negatives=(9, 3), **options)
-    check_ranks(case, ranks)
-    uneven = {"rows_per_rank": (5, 0, 40), "strip_rows": 7, "uneven": True}
-    check_ranks(replace(case, same_ids="positives", seed=1, **uneven), ranks)
 
 
 @pytest.mark.gpu

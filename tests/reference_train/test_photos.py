@@ -1,24 +1,17 @@
 """Photographs, from small repositories made here: which part each is in, and what is refused."""
 
-import io
 import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from miniature import picture
 
 from reference_train.command_line import RunFailed
 from reference_train.data import photos
 from reference_train.data.samples import read_samples
 from reference_train.evaluate.datasets import find
-
-
-def jpeg(shade: int, size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (shade, shade, 255 - shade)).save(file, "jpeg")
-    return file.getvalue()
 
 
 def clone(folder: Path, files: dict[str, bytes]) -> None:
@@ -42,7 +35,7 @@ WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
 def clones(tmp_path: Path) -> Path:
     folder = tmp_path / "clones"
     # Shoe 59 has the picture of 58.
-    pictures = {f"data/images/{i}.jpg": jpeg(4 * min(i, 58), (60, 80)) for i in range(60)}
+    pictures = {f"data/images/{i}.jpg": picture(min(i, 58)) for i in range(60)}
     clone(folder / photos.PRODUCTS.split("/")[1], pictures)
     rows = ["id,articleType", *(f"{i},{kind}" for i, kind in enumerate(TYPES))]
     titles = ["productDisplayName", *TITLES]
@@ -51,13 +44,13 @@ def clones(tmp_path: Path) -> Path:
     clone(folder / photos.TITLES.split("/")[1], files)
     root = "tiny-imagenet-200"
     tiny = {
-        f"{root}/train/{label}/images/{label}_{j}.JPEG": jpeg(40 * i + 10 * j, (64, 64))
+        f"{root}/train/{label}/images/{label}_{j}.JPEG": picture(100 + 10 * i + j)
         for i, label in enumerate(WNIDS)
         for j in range(3)
     }
     # The first image of the first class is also one for validation, of the second class.
-    tiny[f"{root}/val/images/val_0.JPEG"] = jpeg(0, (64, 64))
-    tiny[f"{root}/val/images/val_1.JPEG"] = jpeg(251, (64, 64))
+    tiny[f"{root}/val/images/val_0.JPEG"] = picture(100)
+    tiny[f"{root}/val/images/val_1.JPEG"] = picture(99)
     annotations = "".join(f"val_{i}.JPEG\t{WNIDS[i]}\t0\t0\t9\t9\n" for i in range(2))
     tiny[f"{root}/val/val_annotations.txt"] = annotations.encode()
     tiny[f"{root}/wnids.txt"] = "\n".join(WNIDS).encode()

@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from pool import Ranks, own_device
+from pool import Collectives, Ranks, own_device
 from support import examples
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cyclip_loss import CyCLIPLoss, cached_backward
@@ -336,18 +335,8 @@ def test_the_class_of_ddp_stays_as_it_is_while_the_model_runs(ranks: Ranks) -> N
     assert ranks.run(1, sees_ddps_own_forward) == [True]
 
 
-class Reductions(TorchDispatchMode):
-    """Counts the collectives that DDP and FSDP2 make with gradients and buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("allreduce_", "broadcast_", "_reduce_scatter_base_"):
-            self.found[name] += 1
-        return function(*args, **(kwargs or {}))
+# The collectives that DDP and FSDP2 make with gradients and buffers.
+REDUCTIONS = ("allreduce_", "broadcast_", "_reduce_scatter_base_")
 
 
 def wrapped(model: Model, wrapper: str) -> nn.Module:
@@ -382,7 +371,7 @@ def on_rank(
         if "DDP" in wrapper:  # which sends the buffers of rank 0 before the features are computed
             for buffer in model.buffers():
                 buffer += rank
-        recorder = nullcontext() if "compiled" in wrapper else Reductions()
+        recorder = nullcontext() if "compiled" in wrapper else Collectives()
         with recorder:
             if cached:
                 options = {"mini_batch_size": mini_batch_sizes[rank], "uneven": "FSDP" in wrapper}
@@ -392,7 +381,8 @@ def on_rank(
         if wrapper == "DDP of each tower":  # which do not have the scale
             dist.all_reduce(model.logit_scale.grad)
             model.logit_scale.grad /= world_size
-        counts.append(getattr(recorder, "found", None))
+        sent = [name for name, _ in getattr(recorder, "found", []) if name in REDUCTIONS]
+        counts.append(Counter(sent))
     return results(model), counts[2:]
 
 

@@ -13,6 +13,7 @@ import pages
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import value_and_grads
 from inputs import pairs
 from pool import Ranks
 from torch import Tensor
@@ -311,19 +312,15 @@ def recipes(answer: str = "") -> list[str]:
 
 
 def results(loss_fn: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss of these variables and a logit scale, and its gradients by name."""
+    """The loss of these variables and a logit scale, under "value", and its gradients by name."""
+
+    def of_unit_rows(**leaves: Tensor) -> Tensor:
+        """The formulas hold for rows of unit length. Gradients of others are tangential."""
+        normalised = {name: F.normalize(leaves[name], dim=1) for name in FEATURES}
+        return loss_fn({**leaves, **normalised})
+
     scale = torch.tensor(SCALE, dtype=torch.float64)
-    leaves = {
-        name: x.detach().clone().requires_grad_(x.is_floating_point() and name not in CONSTANTS)
-        for name, x in {**data, "logit_scale": scale}.items()
-    }
-    # Rows of unit length, for which the formulas hold. Their gradients are tangential.
-    units = {name: F.normalize(x, dim=1) if name in FEATURES else x for name, x in leaves.items()}
-    loss = loss_fn(units)
-    inputs = {name: x for name, x in leaves.items() if x.requires_grad}
-    options = {"allow_unused": True, "materialize_grads": True}
-    grads = torch.autograd.grad(loss, list(inputs.values()), **options)
-    return {"loss": loss.detach(), **dict(zip(inputs, grads, strict=True))}
+    return value_and_grads(of_unit_rows, {**data, "logit_scale": scale}, CONSTANTS)
 
 
 def expected(marker: str, n: int, ids: Tensor | None) -> dict[str, Tensor]:
@@ -360,7 +357,7 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
     answers = ranks.run(world_size, step, marker, n, dist_impl)
     exact = expected(marker, n, None)
     if marker in ACROSS_RANKS:  # only the gradients are the same
-        del exact["loss"]
+        del exact["value"]
     for name, right in exact.items():
         parts = [answer[name] for answer in answers]
         found = torch.cat(parts) if right.ndim else sum(parts)

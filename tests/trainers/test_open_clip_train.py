@@ -316,13 +316,6 @@ def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
     assert all("1,536 pairs" in x for x in found)
 
 
-def test_help_prints_our_flags_and_open_clips_and_stops(capsys) -> None:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        open_clip_train.main(["--lambda-inmodal", "0.5", "--help"])
-    out, _ = capsys.readouterr()
-    assert 0 < out.index("--lambda-crossmodal") < out.index("--train-data")
-
-
 @pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("same", ["ignored", "positives"])
 @pytest.mark.parametrize(
