@@ -3,7 +3,6 @@
 import re
 from concurrent.futures import Executor
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from inputs import Case, normal
 from support import setting
 
 from benchmarks.gate import compile as gate
-from cyclip_loss import CyCLIPLoss, kernels, numerics, tune
+from cyclip_loss import CyCLIPLoss, kernels, tune
 from cyclip_loss.kernels import configs
 from cyclip_loss.logits import Logits
 
@@ -160,16 +159,3 @@ def products_fused_across_threads() -> list[str]:
 def test_threads_that_store_the_same_sum_round_each_product(uninterpreted: Executor) -> None:
     """Else a thread fuses its own product with the sum, and threads store different bits."""
     assert uninterpreted.submit(products_fused_across_threads).result() == []
-
-
-@pytest.mark.parametrize(
-    ("newer", "older"), [("ieee", "high"), ("tf32", "highest"), (None, "high")]
-)
-def test_the_newer_setting_of_float32_products_counts(
-    newer: str | None, older: str, monkeypatch
-) -> None:
-    """PyTorch has it since 2.9. The older setting changes it, too."""
-    settings = {} if newer is None else {"fp32_precision": newer}
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: older)
-    assert numerics.float32_is_exact() == ((newer or older) in ("ieee", "highest"))

@@ -48,8 +48,6 @@ def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device) -> N
     image, text, _ = Case(12, 4).inputs(device)
     loss = CyCLIPLoss(impl=impl)
     plain = loss(image, text, 10.0)
-    with torch.device("meta"):  # numbers are not copied to another device
-        assert loss(image, text, 10.0, -1.0) == plain
     for shape in ((), (1,)):
         bias = torch.full(shape, 1e4, requires_grad=True, device=device)
         shifted = loss(image, text, 10.0, bias)

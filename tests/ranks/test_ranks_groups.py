@@ -74,7 +74,7 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
-    """The errors for wrong process groups, and for wrong `rank` and `world_size`."""
+    """The errors for wrong process groups, and for a wrong `world_size`."""
     features = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
     modules = [
@@ -86,7 +86,7 @@ def refusals(rank: int, world_size: int) -> list[str]:
     for module in modules:
         with pytest.raises((TypeError, ValueError)) as error:
             module(features, features, 10.0)
-        messages.append(f"{type(error.value).__name__}: {error.value}")
+        messages.append(str(error.value))
     # Some trainers pass world_size=0 if there is one process.
     CyCLIPLoss(rank=0, world_size=0)(features, features, 10.0)
     return messages
@@ -96,10 +96,10 @@ def test_wrong_groups_and_ranks_are_refused_without_communication(ranks: Ranks) 
     """A rank raises its error even if the other ranks do nothing."""
     inside, _, outside = ranks.run(3, refusals)
     for not_a_group, not_stored, _ in (inside, outside):
-        assert not_a_group.startswith("TypeError: process_group must be a ProcessGroup")
+        assert not_a_group.startswith("process_group must be a ProcessGroup")
         assert "process_group" in not_stored
     assert "world_size=3 were given, but this process is rank 0 of 2" in inside[2]
-    assert outside[2] == "ValueError: process_group does not contain this process, rank 2"
+    assert outside[2] == "process_group does not contain this process, rank 2"
 
 
 def stored(rank: int, world_size: int) -> bytes:

@@ -57,9 +57,7 @@ def test_the_first_rank_says_in_one_line_how_a_command_ended(
         assert capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize(
-    ("argv", "folder"), [(["pretrain", "x"], "/pretrain"), (["evaluate"], ""), ([], "")]
-)
+@pytest.mark.parametrize(("argv", "folder"), [(["pretrain", "x"], "/pretrain"), ([], "")])
 def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypatch) -> None:
     def fail(*_: str) -> None:
         raise ImportError("no 'x'")

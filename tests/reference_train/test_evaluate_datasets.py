@@ -37,7 +37,6 @@ def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path: Path
     write_image_folder(tmp_path / "a", [identifiers[i] for i in some])
     classes = open_folders(tmp_path / "a", "imagenet-a").classes[""]
     assert classes.names == [NAMES[i] for i in some]
-    assert classes.labels.tolist() == list(range(200))
     assert classes.templates == paper.TEMPLATES
     write_image_folder(tmp_path / "v2", ["0", "10", "999"])
     found = open_folders(tmp_path / "v2", "imagenet-x").classes[""].names

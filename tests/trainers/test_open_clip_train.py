@@ -110,8 +110,7 @@ SCHEDULES = {
 class Trainer(ModuleType):
     """A stand-in for OpenCLIP's trainer, with epochs of five steps of three batches.
 
-    theirs: its loss. version: how it creates the loss. "3" and "4": as these versions of OpenCLIP.
-    "own": it has the function of OpenCLIP 3, but does not call it.
+    theirs: its loss. version: how it creates the loss, as these versions of OpenCLIP.
     settings: OpenCLIP's flags. calls: whether it calls the loss. epoch: the first epoch of two.
     schedule: its learning rate schedule. failure: the message of an error.
     """
@@ -137,7 +136,7 @@ class Trainer(ModuleType):
     def make_loss(self) -> Any:
         if self.version == "4":
             return self.create_task(None, model=None).loss
-        return self.create_loss(None) if self.version == "3" else self.theirs
+        return self.create_loss(None)
 
     def main(self, argv: list[str]) -> None:
         self.argv, args = argv, self.parse_args(argv)
@@ -211,7 +210,6 @@ DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 @pytest.mark.parametrize(
     ("trainer", "given", "message"),
     [
-        (Trainer(CyCLIPLoss(), "own"), (), "did not call the CyCLIP loss"),
         (Trainer(ClipLoss(), calls=False), (), "did not call the CyCLIP loss"),
         (Trainer(nn.CrossEntropyLoss()), (), "Loss.forward takes ['input', 'target']"),
         (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),

@@ -63,8 +63,6 @@ TRAINING = [
     ("OpenCLIP's models, your own loop", 0, "open_clip"),
     ("Accelerate", 0, "accelerate"),
     ("Lightning", 0, "lightning"),
-]
-TRAINING += [
     (recipe_cases.LARGE_BATCH, 0, "open_clip"),
     (recipe_cases.LARGE_BATCH, 1, "lightning"),
 ]
