@@ -100,13 +100,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
+def device(pytestconfig) -> torch.device:
     """The device of a test's tensors."""
     return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=needs_triton), "eager"], scope="session")
-def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
+def impl(request, device) -> str:
     """The engine. A test with this fixture runs once per engine."""
     if request.param == "triton" and device.type == "cuda" and not numerics.architecture(device):
         pytest.skip("the kernels do not support this GPU")
@@ -134,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+def ranks(request) -> Iterator[Ranks]:
     """Processes for tests across ranks: `ranks.run(world_size, task, *arguments)`."""
     on_gpus = getattr(request, "param", "gloo") == "nccl"
     ranks = Ranks("nccl", "cuda") if on_gpus else Ranks()
@@ -153,7 +153,7 @@ def uninterpreted() -> Iterator[Executor]:
 
 
 @pytest.fixture
-def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def unverified_kernels(monkeypatch) -> None:
     """`auto` uses the kernels on the CPU as on a GPU. No layout is verified yet."""
     from cyclip_loss import engines, kernels  # the kernels need Triton
 

@@ -38,7 +38,7 @@ def make_loss(case: Case, impl: str) -> CyCLIPLoss:
     ],
 )
 def test_batches_of_many_tiles_are_accurate(
-    case: Case, dtype: torch.dtype, products: str, impl: str, device
+    case: Case, dtype: torch.dtype, products: str, impl, device
 ) -> None:
     """Tiles have their shipped sizes. In the other tests a batch has only a few tiles."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
@@ -84,9 +84,7 @@ def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device) -> No
 
 @PRODUCTS
 @DTYPES
-def test_every_call_gives_the_same_bits(
-    dtype: torch.dtype, products: str, impl: str, device
-) -> None:
+def test_every_call_gives_the_same_bits(dtype: torch.dtype, products: str, impl, device) -> None:
     """Without PyTorch's deterministic mode, in which other tests run."""
     case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
     inputs = case.inputs(device)
@@ -95,7 +93,7 @@ def test_every_call_gives_the_same_bits(
     torch.testing.assert_close(others, [first] * 4, rtol=0, atol=0)
 
 
-def test_a_cuda_graph_replays_a_step_on_new_features(impl: str, device) -> None:
+def test_a_cuda_graph_replays_a_step_on_new_features(impl, device) -> None:
     loss = make_loss(SEVERAL_TILES, impl)
     leaves = SEVERAL_TILES.leaves(device)
     stream = torch.cuda.Stream(device)
@@ -119,7 +117,7 @@ def test_a_cuda_graph_replays_a_step_on_new_features(impl: str, device) -> None:
     torch.testing.assert_close(replayed, results(loss, *inputs))
 
 
-def test_a_step_runs_on_the_current_stream_only(impl: str, device) -> None:
+def test_a_step_runs_on_the_current_stream_only(impl, device) -> None:
     """The default stream is busy, so that work on it would have to wait."""
     inputs = SEVERAL_TILES.inputs(device)
     expected = results(make_loss(SEVERAL_TILES, impl), *inputs)
@@ -135,7 +133,7 @@ def test_a_step_runs_on_the_current_stream_only(impl: str, device) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl: str) -> None:
+def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl) -> None:
     assert torch.cuda.current_device() == 0
     check_loss(SEVERAL_TILES, impl, "cuda:1")
     assert torch.cuda.current_device() == 0
@@ -144,7 +142,7 @@ def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl: str) -> N
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
 def test_a_step_does_not_synchronise_with_the_host(
-    impl: str, lambdas, output_dict: bool, device
+    impl, lambdas, output_dict: bool, device
 ) -> None:
     loss = CyCLIPLoss(*lambdas, impl=impl)
     leaves = SEVERAL_TILES.leaves(device)

@@ -4,7 +4,6 @@ import csv
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,7 +108,7 @@ RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 @pytest.mark.parametrize(
     "launcher", [(), pytest.param(RANKS, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
 )
-def test_a_users_loss_is_in_the_printed_table_and_the_record(launcher, tmp_path: Path) -> None:
+def test_a_users_loss_is_in_the_printed_table_and_the_record(launcher, tmp_path) -> None:
     """It is a module, MODULE:NAME, and the current folder is empty."""
     (tmp_path / "program.py").write_text(ONE_ROUND)
     options = ("--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8")

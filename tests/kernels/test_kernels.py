@@ -1,7 +1,6 @@
 """The Triton kernels without the loss: shipped tiles, tf32 rounding, and supported GPUs."""
 
 import re
-from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -156,6 +155,6 @@ def products_fused_across_threads() -> list[str]:
     return [line for line in re.findall(r"fma\..*", ptx) if re.split(r"[\s,;]+", line)[4] in others]
 
 
-def test_threads_that_store_the_same_sum_round_each_product(uninterpreted: Executor) -> None:
+def test_threads_that_store_the_same_sum_round_each_product(uninterpreted) -> None:
     """Else a thread fuses its own product with the sum, and threads store different bits."""
     assert uninterpreted.submit(products_fused_across_threads).result() == []

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that t
 
 
 @pytest.fixture(autouse=True)
-def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def file(tmp_path, monkeypatch):
     """The file of tiles, which is not there yet. `main` takes the CPU for a GPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CYCLIP_LOSS_TILES", raising=False)

@@ -68,7 +68,7 @@ def test_kernels_are_accurate_in_each_element(case: Case, device) -> None:
 
 
 @pytest.mark.parametrize("case", HARD)
-def test_hard_cases_are_accurate_in_each_element(case: Case, impl: str, device) -> None:
+def test_hard_cases_are_accurate_in_each_element(case: Case, impl, device) -> None:
     if impl == "triton" and case.dtype == WIDE:  # which the kernels do not compute
         case = replace(case, dtype=torch.float32)
     check_loss(case, impl, device)
@@ -88,7 +88,7 @@ def test_the_bounds_for_ordinary_features_are_small(
         assert bounds[name].max() <= most * exact.abs().max(), name
 
 
-def test_penalties_without_weights_have_a_zero_gradient(impl: str, device) -> None:
+def test_penalties_without_weights_have_a_zero_gradient(impl, device) -> None:
     """As in the first step of a warm-up from 0."""
     image, text, scale = Case(5, 6).leaves(device)
     terms = CyCLIPLoss(0, 0, impl=impl)(image, text, scale, output_dict=True)
@@ -130,7 +130,7 @@ def test_the_defined_penalties_match_values_computed_by_hand() -> None:
     assert crossmodal == 1.0
 
 
-def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl: str, device) -> None:
+def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl, device) -> None:
     """The upstream gradient of a sum has the stride 0."""
     image, text, scale = Case(9, 4).leaves(device)
     pair_logits = contrastive_logsumexp(image, text, scale, impl=impl)[-1]
@@ -139,9 +139,7 @@ def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl: str, device) 
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["rows", "columns"])
-def test_upstream_gradients_of_both_signs_give_nan_if_streamed(
-    index: int, impl: str, device
-) -> None:
+def test_upstream_gradients_of_both_signs_give_nan_if_streamed(index: int, impl, device) -> None:
     inputs = Case(9, 4).leaves(device)
     lse = contrastive_logsumexp(*inputs, impl=impl)[index]
     for grad in torch.autograd.grad(lse[4:].sum() - lse[:4].sum(), inputs):
@@ -149,7 +147,7 @@ def test_upstream_gradients_of_both_signs_give_nan_if_streamed(
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_matmul_precision_is_obeyed_and_not_changed(impl: str, precision: str, device) -> None:
+def test_the_matmul_precision_is_obeyed_and_not_changed(impl, precision: str, device) -> None:
     """The settings "high" and "medium" allow tf32."""
     case = Case(80, 5, distance=1e-5, lambdas=(0.5, 0.25), output_dict=True)
     with setting("float32_matmul_precision", precision):
@@ -176,9 +174,7 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(
     for function in ("cyclip", "siglip"):
         for frozen in ([], FEATURES[:1], FEATURES[1:]):
             given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
-            for logit_scale in (10.0, 100.0):
-                case = Case(40, 12, dtype, logit_scale=logit_scale, function=function, **given)
-                check_loss(case, "eager", device)
+            check_loss(Case(40, 12, dtype, function=function, **given), "eager", device)
 
 
 def test_16_bit_matrices_are_widened_if_their_device_refuses_such_products(monkeypatch) -> None:
@@ -191,7 +187,7 @@ def test_16_bit_matrices_are_widened_if_their_device_refuses_such_products(monke
     assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
 
 
-def test_float16_gradients_of_confident_positives_fit(impl: str, device) -> None:
+def test_float16_gradients_of_confident_positives_fit(impl, device) -> None:
     """The part of other positives counts for the unit of the gradients, or they overflow."""
     leaves = [torch.eye(8, 16, device=device).half().requires_grad_() for _ in range(2)]
     ids = torch.arange(8, device=device) // 2

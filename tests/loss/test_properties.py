@@ -130,7 +130,7 @@ def law_of_softmax(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def engine(impl: str, device, monkeypatch, recwarn) -> None:
+def engine(impl, device, monkeypatch, recwarn) -> None:
     """All tests here run on each engine. Rows are not of unit length, and recwarn takes warnings.
 
     raising: the class has no such attributes yet.

@@ -22,9 +22,7 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
 @WORLD_SIZES
 @examples(2)
 @given(data=st.data())
-def test_eager_engine_is_accurate_across_ranks(
-    data: st.DataObject, world_size: int, ranks: Ranks
-) -> None:
+def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
     check_ranks(data.draw(rank_cases(world_size, "eager")), ranks)
 
 
@@ -32,14 +30,12 @@ def test_eager_engine_is_accurate_across_ranks(
 @WORLD_SIZES
 @examples(0.5)
 @given(data=st.data())
-def test_kernels_are_accurate_across_ranks(
-    data: st.DataObject, world_size: int, ranks: Ranks
-) -> None:
+def test_kernels_are_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
 
 
 @pytest.mark.gpu
-def test_two_ranks_that_share_a_gpu_are_accurate(impl: str) -> None:
+def test_two_ranks_that_share_a_gpu_are_accurate(impl) -> None:
     """Over gloo, whose collectives accept GPU tensors; NCCL needs a GPU for each rank."""
     with closing(Ranks("gloo", "cuda:0")) as sharing:
         for dtype, n in product((torch.float32, torch.bfloat16), (130, 150)):
@@ -61,7 +57,7 @@ def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> 
 @DIST_IMPLS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_bad_value_on_one_rank_gives_no_finite_loss_on_any(
-    dist_impl: str, bad: float, ranks: Ranks
+    dist_impl: str, bad: float, ranks
 ) -> None:
     for terms in ranks.run(3, with_a_bad_value, bad, dist_impl):
         assert not torch.stack(terms).isfinite().any(), terms
@@ -77,7 +73,7 @@ def measure(rank: int, world_size: int, case: RankCase) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows_per_rank", [(4, 4), (4, 0, 7), (0, 1, 0)], ids=str)
-def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks: Ranks) -> None:
+def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks) -> None:
     case = RankCase(rows_per_rank=rows_per_rank, dtype=dtype)
     whole = consistency_metrics(*case.inputs("cpu")[:2])
     close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}

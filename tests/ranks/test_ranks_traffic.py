@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import evaluate
 from inputs import FEATURES, loss_dtype
-from pool import Collectives, Ranks, Traffic
+from pool import Collectives, Traffic
 from rank_cases import RankCase, step
 
 N, D = 4, 6
@@ -35,7 +35,7 @@ def sends(times: int, size: int) -> Traffic:
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
 def test_a_step_sends_exactly_these_collectives(
-    world_size: int, dtype: torch.dtype, lambdas, output_dict: bool, ranks: Ranks
+    world_size: int, dtype: torch.dtype, lambdas, output_dict: bool, ranks
 ) -> None:
     """`docs/distributed.md` says what is sent. C is, if the penalties are computed apart."""
     loss_bytes, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D

@@ -31,7 +31,6 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(
         runpy.run_module("reference_train", run_name="__main__")
     printed = capsys.readouterr().err
     assert (stopped.value.code, printed.count("\n")) == (2, 1)
-    assert printed.startswith("reference_train: ")
     assert message in printed
 
 

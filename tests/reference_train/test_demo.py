@@ -78,10 +78,9 @@ def finished(emoji, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> None:
+def test_a_folder_has_the_results_and_the_steps_of_every_run(finished) -> None:
     result = read_evaluation(finished)
     assert list(result["results"]) == ["clip-0", "clip-1", "siglip-0", "cyclip-0"]
-    assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
         for line in steps:
@@ -91,7 +90,7 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> 
     assert "| CLIP (2) | CyCLIP | SigLIP | chance | n |" in (finished / "table.md").read_text()
 
 
-def test_a_folder_of_other_settings_or_another_command_is_refused(finished: Path) -> None:
+def test_a_folder_of_other_settings_or_another_command_is_refused(finished) -> None:
     with pytest.raises(UsageError, match="steps = 5, not 1500: choose another"):
         demonstrate(f"--preset long --loss i-cyclip --out {finished}")
     refused = pytest.raises(UsageError, match="another process is using it: choose another")
@@ -168,7 +167,7 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
 
 
 def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
-    finished: Path, tmp_path: Path, monkeypatch, capsys
+    finished, tmp_path, monkeypatch, capsys
 ) -> None:
     """It is interrupted in the second run. The same seeds give the same bits again."""
     augmented = []
@@ -192,7 +191,7 @@ def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
 
 
 def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
-    finished: Path, emoji, tmp_path: Path, monkeypatch
+    finished, emoji, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(evaluate, "read_emoji", lambda: emoji)
     runs, name = ("clip-0", "siglip-0"), "new concepts, new styles"
@@ -205,7 +204,7 @@ def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
         assert evaluated["checkpoints"][run]["loss"] == run.removesuffix("-0")
 
 
-def test_a_nan_loss_ends_the_run(emoji, tmp_path: Path, monkeypatch) -> None:
+def test_a_nan_loss_ends_the_run(emoji, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFailed, match="clip-0: the loss is nan, at step"):

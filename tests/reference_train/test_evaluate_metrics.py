@@ -45,7 +45,7 @@ def measure(images: Tensor, data: Dataset, texts: dict[str, Tensor], **options: 
     "groups", [{"": range(40)}, {"a": range(0, 40, 2), "b": range(1, 40, 2)}], ids=len
 )
 def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
-    groups: dict[str, range], monkeypatch: pytest.MonkeyPatch
+    groups: dict[str, range], monkeypatch
 ) -> None:
     """With all images, and in each of two groups with only its images and their captions."""
     monkeypatch.setattr(metrics, "STRIP", 7)

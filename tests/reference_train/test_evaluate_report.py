@@ -39,7 +39,7 @@ def test_a_committed_table_is_that_of_its_record(table: str) -> None:
     assert report.markdown(result) == path.read_text()
 
 
-def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path, monkeypatch) -> None:
+def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path, monkeypatch) -> None:
     """Runs of the same weights are one column, and runs of others are two."""
     monkeypatch.chdir(tmp_path)
     for name, path, written, steps in (
@@ -59,7 +59,7 @@ def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path, m
     assert [merged["history"][name] for name in "abc"] == [[1178], [620], [620]]
 
 
-def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path, monkeypatch) -> None:
+def test_report_refuses_evaluations_that_do_not_go_together(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write("a", "clip-0")
     write("b", "clip-1", data_sets={"icons": SETS["icons"] | {"images": 99}})

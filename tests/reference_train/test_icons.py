@@ -69,7 +69,7 @@ def package(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(package: Path) -> Path:
+def built(package) -> Path:
     """The shards of `SETS`. More names are held out than usual, because there are so few."""
     faulthandler.disable()  # pytest enables it, and it would show how a child crashes
     with pytest.MonkeyPatch.context() as patch:
@@ -88,9 +88,7 @@ def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
     return {s.key: s for s in pairs}
 
 
-def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(
-    package: Path, built: Path
-) -> None:
+def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(package, built) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
     left_out = manifest["left_out"]
     assert (
@@ -114,7 +112,7 @@ def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(
     assert sizes == {path.name: len(samples(built, path.name)) for path in built.glob("*.tar")}
 
 
-def test_a_name_is_held_out_in_all_sets_or_in_none(built: Path) -> None:
+def test_a_name_is_held_out_in_all_sets_or_in_none(built) -> None:
     """A held-out name has one picture."""
     held_out_share = sum(icon_sets.is_held_out(f"name {i}") for i in range(10_000)) / 10_000
     assert held_out_share == 0.0202  # pinned: other names would be held out
@@ -129,7 +127,7 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(built: Path) -> None:
 
 
 def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
-    package: Path, built: Path, tmp_path: Path, monkeypatch
+    package, built, tmp_path, monkeypatch
 ) -> None:
     """Another package than the expected one is refused."""
     monkeypatch.setattr(icons, "URL", package.as_uri())

@@ -32,7 +32,7 @@ WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
 
 
 @pytest.fixture
-def clones(tmp_path: Path) -> Path:
+def clones(tmp_path) -> Path:
     folder = tmp_path / "clones"
     # Shoe 59 has the picture of 58.
     pictures = {f"data/images/{i}.jpg": picture(min(i, 58)) for i in range(60)}
@@ -58,9 +58,7 @@ def clones(tmp_path: Path) -> Path:
     return folder
 
 
-def test_no_title_and_no_image_is_in_two_parts(
-    clones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(photos, "check", lambda *_: None)
     monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
     # Of the shoes, 34 and 35 and those with their titles are for the test.
@@ -90,7 +88,7 @@ def test_no_title_and_no_image_is_in_two_parts(
     assert new_classes.classes[""].names == ["goldfish, fish"]
 
 
-def test_a_repository_that_has_changed_is_refused(clones: Path, tmp_path: Path) -> None:
+def test_a_repository_that_has_changed_is_refused(clones, tmp_path) -> None:
     with pytest.raises(RunFailed, match=r"checksum .* has changed.*commit 6e6ee42"):
         photos.main(["--out", str(tmp_path / "out"), "--clones", str(clones)])
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import os
 import resource
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +33,7 @@ EPOCHS: list[tuple[float | None, dict[str, object]]] = [
 ]
 
 
-def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
+def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path) -> None:
     """The model is wrapped in DistributedDataParallel, in a task of OpenCLIP 4."""
     kept = []
     for epoch, (loss, changes) in enumerate(EPOCHS):
@@ -49,7 +48,7 @@ def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
     assert kept == [(epoch, "run", {"weight": epoch}) for epoch in (4, 5, 5, 7)]
 
 
-def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path) -> None:
     with pytest.raises(RunFailed, match="the model's weights are not finite: stopped"):
         pretrain("--lr 1e30 --warmup 0", pairs=64)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -76,7 +75,7 @@ def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(ranks) -
     assert ranks.run(2, stops) == [[False, True, True]] * 2
 
 
-def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypatch) -> None:
+def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path, monkeypatch) -> None:
     seen: list[Any] = []
 
     def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
@@ -122,7 +121,7 @@ def test_a_worker_without_a_batch_is_an_error(known: bool, message: str, pretrai
 
 
 def test_unreadable_pairs_are_counted_and_the_rest_is_trained_on(
-    pretrain, data: Path, tmp_path: Path, caplog
+    pretrain, data, tmp_path, caplog
 ) -> None:
     _, one, two, three = (data / f"train-{i:05d}.tar" for i in range(4))
     os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
@@ -135,9 +134,7 @@ def test_unreadable_pairs_are_counted_and_the_rest_is_trained_on(
     assert (tmp_path / "run" / "checkpoints" / patches.BEST).exists()
 
 
-def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(
-    pretrain, data: Path, caplog
-) -> None:
+def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(pretrain, data, caplog) -> None:
     break_picture(data / "val-00000.tar")
     with pytest.raises(UsageError, match="--val: 1 unreadable held-out pairs or shards"):
         pretrain("--workers 0")
@@ -145,7 +142,7 @@ def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(
 
 
 def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
-    pretrain, data: Path, tmp_path: Path, monkeypatch, caplog
+    pretrain, data, tmp_path, monkeypatch, caplog
 ) -> None:
     """One pair in the first epoch, all in the second."""
     val, train = data / "val-00000.tar", command.trainer.train_one_epoch
@@ -162,7 +159,7 @@ def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
     assert caplog.text.count("Unreadable held-out pairs or shards: 1; no best") == 2
 
 
-def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path: Path) -> None:
+def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path) -> None:
     """So they are on macOS; from Python 3.14 on, other systems have to send the same objects."""
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
@@ -173,7 +170,7 @@ def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path: Path) -> N
     assert (tmp_path / "run" / "checkpoints" / patches.BEST).exists()
 
 
-def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path) -> None:
     """A limit on the size of files imitates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
@@ -185,7 +182,7 @@ def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["results.jsonl"]
 
 
-def test_only_errors_of_the_writer_are_taken_for_a_full_disk(tmp_path: Path) -> None:
+def test_only_errors_of_the_writer_are_taken_for_a_full_disk(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="CUDA error"), atomic_write(tmp_path / "x"):
         raise RuntimeError("CUDA error: device-side assert")
     with pytest.raises(RunFailed, match="x can't be written: why"), atomic_write(tmp_path / "x"):

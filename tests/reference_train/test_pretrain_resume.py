@@ -21,7 +21,7 @@ pytest_plugins = ["pretraining"]
 
 
 @pytest.fixture
-def resume_run(dry_run, tmp_path: Path) -> Callable[..., Any]:
+def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
     """Resumes a run of one epoch with other flags, as far as --dry-run goes.
 
     begun_with: the settings in its params.txt that differ from those of the flags.
@@ -60,7 +60,7 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
         resume_run(opt="lion")
 
 
-def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path) -> None:
     resume_run()
     file = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"
     file.unlink()
@@ -89,7 +89,7 @@ def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, mon
 
 
 def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
-    resume_run, tmp_path: Path, monkeypatch
+    resume_run, tmp_path, monkeypatch
 ) -> None:
     """The first rank wrote params.txt and has locked the folder. Only the first rank prints."""
 
@@ -124,7 +124,7 @@ def finished(pretrain, capsys) -> str:
 
 
 def test_a_finished_run_says_its_best_epoch_and_is_not_trained_again(
-    finished: str, pretrain, tmp_path: Path, capsys
+    finished, pretrain, tmp_path, capsys
 ) -> None:
     [line] = results(tmp_path)
     assert {"inmodal_gap", "crossmodal_gap"} <= line.keys()
@@ -135,9 +135,7 @@ def test_a_finished_run_says_its_best_epoch_and_is_not_trained_again(
     assert results(tmp_path) == [line]
 
 
-def test_the_code_on_the_page_publishes_the_best_epoch(
-    finished: str, tmp_path: Path, monkeypatch
-) -> None:
+def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monkeypatch) -> None:
     pushed: list[str] = []
     hub = sys.modules["open_clip.push_to_hf_hub"]
     monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
@@ -148,7 +146,7 @@ def test_the_code_on_the_page_publishes_the_best_epoch(
 
 
 def test_a_finished_run_takes_more_epochs_and_data_that_moved(
-    finished: str, pretrain, data: Path, tmp_path: Path, monkeypatch
+    finished, pretrain, data, tmp_path, monkeypatch
 ) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / ".best.pt.123").touch()  # left by a save that was killed
@@ -159,7 +157,7 @@ def test_a_finished_run_takes_more_epochs_and_data_that_moved(
 
 
 def test_a_run_refuses_other_data_and_a_damaged_checkpoint(
-    finished: str, pretrain, data: Path, tmp_path: Path
+    finished, pretrain, data, tmp_path
 ) -> None:
     shard = (data / "train-00003.tar").rename(tmp_path / "shard")
     with pytest.raises(UsageError, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
@@ -189,7 +187,7 @@ runpy.run_module("reference_train", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_finishes(pretrain, data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_finishes(pretrain, data, tmp_path) -> None:
     argv = f"""
         pretrain --preset icons --batch-size 8 --data {data} --siglip --out {tmp_path} --name run
         -- --epochs 3 --train-num-samples 16

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from pool import Collectives, Ranks, own_device
+from pool import Collectives, own_device
 from support import examples
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,7 +30,7 @@ Names = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
-def models_are_on_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def models_are_on_the_device(device, monkeypatch) -> None:
     """In the process of pytest. The ranks stay on the CPU."""
     monkeypatch.setattr(pool, "_own_device", device)
 
@@ -183,9 +183,7 @@ def test_a_compiled_model_runs_compiled_for_one_shape_or_two() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_scaler_round_as_in_one_graph(
-    dtype: torch.dtype, device: torch.device
-) -> None:
+def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype, device) -> None:
     """float32 sums over the mini-batches: one in 16 bits would be off by 1e-3 and more."""
     model, expected_model = (make().float() for _ in range(2))
     batch, scale, scaler = [x.float() for x in inputs(64)], 1.0, None
@@ -330,7 +328,7 @@ def sees_ddps_own_forward(rank: int, world_size: int) -> bool:
     return {*seen} == {original} and "forward" not in vars(model)
 
 
-def test_the_class_of_ddp_stays_as_it_is_while_the_model_runs(ranks: Ranks) -> None:
+def test_the_class_of_ddp_stays_as_it_is_while_the_model_runs(ranks) -> None:
     assert ranks.run(1, sees_ddps_own_forward) == [True]
 
 
@@ -395,7 +393,7 @@ def on_rank(
     ],
 )
 def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
-    wrapper: str, rows: tuple[int, ...], mini_batch_sizes: tuple[int, ...], ranks: Ranks
+    wrapper: str, rows: tuple[int, ...], mini_batch_sizes: tuple[int, ...], ranks
 ) -> None:
     model = make(training=False)
     joined_loss(model, CyCLIPLoss(), *inputs(sum(rows)), count=1).backward()
@@ -420,7 +418,7 @@ def number_of_runs(rank: int, world_size: int) -> int:
     return calls.total()
 
 
-def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks: Ranks) -> None:
+def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks) -> None:
     assert ranks.run(3, number_of_runs) == [0, 4, 4]
 
 

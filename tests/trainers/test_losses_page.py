@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from accuracy import value_and_grads
 from inputs import pairs
-from pool import Ranks
 from torch import Tensor
 
 import cyclip_loss
@@ -351,7 +350,7 @@ def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> dic
 @pytest.mark.parametrize("marker", recipes("Ranks: yes"))
 @pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring")])
 def test_a_recipe_across_ranks_equals_its_dense_form(
-    marker: str, world_size: int, dist_impl: str, ranks: Ranks
+    marker: str, world_size: int, dist_impl: str, ranks
 ) -> None:
     n = 12
     answers = ranks.run(world_size, step, marker, n, dist_impl)

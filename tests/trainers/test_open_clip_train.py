@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -54,7 +53,7 @@ def train_on_rank(rank: int, world_size: int, arguments: list[str]) -> None:
         open_clip_train.main(arguments)
 
 
-def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
+def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path) -> None:
     """The recipes' command line, but with a tiny model and the emoji. The terms sum to the loss."""
     command, _ = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
@@ -124,7 +123,7 @@ class Trainer(ModuleType):
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
-        self.theirs, self.version, self.device = theirs, version, torch.device("cpu")
+        self.version, self.device = version, torch.device("cpu")
         self.rates, self.lambdas, self.terms = [], [], []
         for name in SCHEDULES:
             setattr(self, name, getattr(open_clip_schedules, name))
@@ -201,9 +200,6 @@ def test_a_loss_is_replaced_or_gets_the_penalties(
 
 
 CAPTIONS = "--same-captions"
-IGNORED = (CAPTIONS, "ignored")
-WARM_UP = ("--lambda-warmup", "2")
-NEED = f"{CAPTIONS} and --dist-impl need CLIP's or SigLIP's loss"
 DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 
 
@@ -213,9 +209,9 @@ DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
         (Trainer(ClipLoss(), calls=False), (), "did not call the CyCLIP loss"),
         (Trainer(nn.CrossEntropyLoss()), (), "Loss.forward takes ['input', 'target']"),
         (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
-        (Trainer(ClipLoss(), skip_scheduler=True), WARM_UP, "excludes --skip-scheduler"),
-        (Trainer(ClipLoss(), accum_freq=2), IGNORED, f"{CAPTIONS} excludes --accum-freq above 1"),
-        (Trainer(DistillClipLoss()), RING, NEED),
+        (Trainer(ClipLoss(), skip_scheduler=True), ("--lambda-warmup", "2"), "--skip-scheduler"),
+        (Trainer(ClipLoss(), accum_freq=2), (CAPTIONS, "ignored"), "excludes --accum-freq above 1"),
+        (Trainer(DistillClipLoss()), RING, "--dist-impl need CLIP's or SigLIP's loss"),
         (Trainer(ClipLoss(), failure=DEVICES), (), "OpenCLIP 3 can't train with several"),
     ],
 )
@@ -247,9 +243,7 @@ def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--lambda-inmodl", "--lr-schedulr"])  # ours, and OpenCLIP's
-def test_a_misspelled_flag_is_named_in_one_line(
-    flag: str, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["open_clip_train", flag, "0.5", "--logs", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^unrecognized arguments: {flag} 0.5$"):
         open_clip_train.main()
@@ -329,7 +323,7 @@ def test_the_loss_gets_ids_of_the_captions(
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
 
 
-def test_the_command_fails_if_the_trainer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_fails_if_the_trainer_fails(monkeypatch) -> None:
     trainer = Trainer(ClipLoss())
     trainer.main = lambda argv: -1
     with pytest.raises(SystemExit, match=r"^1$"):
@@ -337,7 +331,7 @@ def test_the_command_fails_if_the_trainer_fails(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_open_clips_trainer_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "open_clip_train.main", None)
     with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):

@@ -3,7 +3,6 @@
 import math
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,7 +10,6 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from inputs import FEATURES, TERMS
-from pool import Ranks
 
 pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
@@ -167,7 +165,7 @@ def test_lambdas_warm_up_over_the_given_steps() -> None:
         assert (loss_fn.lambda_inmodal, loss_fn.lambda_crossmodal) == (0.25 * share, 0.25 * share)
 
 
-def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks: Ranks) -> None:
+def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks) -> None:
     model, (images, tokens) = tiny_clip().double(), batch()
     CyCLIPLoss()(**model(images.double(), tokens)).backward()
     for found in ranks.run(2, recipe_cases.scale_gradient_on_rank):
@@ -189,7 +187,7 @@ def test_the_checkouts_folder_kernels_imports_nothing() -> None:
     ],
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
-    heading: str, block: int, family: str, tmp_path: Path
+    heading: str, block: int, family: str, tmp_path
 ) -> None:
     """One step of SGD with a learning rate of 1. SigLIP's loss is transformers' own."""
     transformers = pytest.importorskip("transformers")

@@ -41,12 +41,12 @@ class AudioLoss(nn.Module):
 
 
 @pytest.fixture
-def features(device: torch.device) -> tuple[Tensor, Tensor]:
+def features(device) -> tuple[Tensor, Tensor]:
     return pairs(6, 4, device=device)
 
 
 @pytest.fixture
-def penalties(features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def penalties(features) -> dict[str, Tensor]:
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
@@ -104,7 +104,7 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
         (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
         (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
         (lambda loss: (loss, True), "bool"),
-        (lambda loss: (), "an empty tuple"),
+        (lambda loss: {}, "an empty dict"),
         (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
