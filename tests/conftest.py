@@ -32,7 +32,7 @@ from support import (
 from cyclip_loss import numerics
 
 # Their assertions, too, show the values that they compare.
-pytest.register_assert_rewrite("accuracy", "launches", "rank_cases", "recipe_cases")
+pytest.register_assert_rewrite("accuracy", "rank_cases", "recipe_cases")
 
 # What a test file or folder imports. Without these packages it is not collected.
 NEEDS = {

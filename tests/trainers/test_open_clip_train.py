@@ -117,8 +117,7 @@ class Trainer(ModuleType):
     def __init__(self, theirs: Any, version: str = "3", **settings: Any) -> None:
         super().__init__("open_clip_train.main")
         flags = {"accum_freq": 1, "skip_scheduler": False, "failure": "", "calls": True}
-        flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
-        flags |= settings
+        flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1} | settings
         parser = ArgumentParser()  # as OpenCLIP's, it takes abbreviations
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
