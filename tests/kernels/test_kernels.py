@@ -119,7 +119,7 @@ def test_kernels_access_only_the_tensors_of_their_launch(case: Case, monkeypatch
     evaluate(case, given, "triton")
 
 
-@pytest.mark.parametrize("far", [0, 1], ids=["images", "texts"])
+@pytest.mark.parametrize("far", [0, 1])  # images, texts
 def test_rows_may_be_further_apart_than_32_bits_can_count(far: int, monkeypatch, device) -> None:
     """The first and the last row are 4 GB apart. Most of this memory is never touched."""
     inputs = Case(3, 64, torch.bfloat16).inputs(device)

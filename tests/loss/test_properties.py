@@ -419,7 +419,9 @@ def test_a_batch_that_is_there_twice_has_each_negative_twice(batch: Batch) -> No
         row, column, pair = batch.log_sum_exps(**given)
         vectors = {"row": row + log(factor), "column": column + log(factor), "pair": pair}
         repeated = {name: torch.cat([x] * factor) for name, x in vectors.items()}
-        return repeated | {"siglip": factor * batch.gradients(siglip, given)["value"]}
+        penalties = batch.penalty(0.5, 0.25)(*[given[name] for name in FEATURES])
+        siglips = batch.gradients(siglip, given)["value"]
+        return repeated | {"siglip": factor * siglips, "penalties": factor * penalties}
 
     assert_equal(results(twice, 1), results(once, 2))
 
