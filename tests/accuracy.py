@@ -42,6 +42,21 @@ def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
     return value.detach(), *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor))
 
 
+def value_and_grads(
+    function: Callable[..., Tensor], given: Tensors, constants: Iterable[str] = ()
+) -> Tensors:
+    """The result of `function(**given)`, under the name "value", and its gradients by name."""
+    leaves = {
+        name: x.detach().clone().requires_grad_(x.is_floating_point() and name not in constants)
+        for name, x in given.items()
+    }
+    value = function(**leaves)
+    inputs = {name: x for name, x in leaves.items() if x.requires_grad}
+    options = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(value, [*inputs.values()], **options)
+    return {"value": value.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
 def graphs(
     loss: Any, steps: Iterable[tuple[tuple[float, float], list[Any]]], fullgraph: bool = True
 ) -> list[int]:

@@ -22,12 +22,17 @@ import torch
 from hypothesis import settings
 from interpreter import speed_up
 from pool import Ranks
-from support import fill_fresh_memory_with_nan, needs_triton, set_small_blocks
+from support import (
+    fill_fresh_memory_with_nan,
+    forget_warnings,
+    needs_triton,
+    set_small_blocks,
+)
 
 from cyclip_loss import numerics
 
 # Their assertions, too, show the values that they compare.
-pytest.register_assert_rewrite("accuracy", "launches", "rank_cases", "recipe_cases")
+pytest.register_assert_rewrite("accuracy", "rank_cases", "recipe_cases")
 
 # What a test file or folder imports. Without these packages it is not collected.
 NEEDS = {
@@ -78,11 +83,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed PyTorch's generator, and skip tests that cannot run here.
+    """Seed PyTorch's generator, forget warnings, and skip tests that cannot run here.
 
     A test marked gpu(n) needs n GPUs (by default 1) and --device cuda.
     """
     torch.manual_seed(0)  # independent of the tests that ran before
+    forget_warnings()
     speed_up()
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("gpu"):
@@ -94,13 +100,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
+def device(pytestconfig) -> torch.device:
     """The device of a test's tensors."""
     return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=needs_triton), "eager"], scope="session")
-def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
+def impl(request, device) -> str:
     """The engine. A test with this fixture runs once per engine."""
     if request.param == "triton" and device.type == "cuda" and not numerics.architecture(device):
         pytest.skip("the kernels do not support this GPU")
@@ -114,6 +120,11 @@ def nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The reason of a case, and the name of a dtype."""
+    return getattr(val, "reason", None) or (str(val) if isinstance(val, torch.dtype) else None)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests marked nccl over gloo, and over NCCL too if there are two GPUs."""
     on_cuda = metafunc.config.getoption("--device").startswith("cuda")
@@ -123,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+def ranks(request) -> Iterator[Ranks]:
     """Processes for tests across ranks: `ranks.run(world_size, task, *arguments)`."""
     on_gpus = getattr(request, "param", "gloo") == "nccl"
     ranks = Ranks("nccl", "cuda") if on_gpus else Ranks()
@@ -142,13 +153,12 @@ def uninterpreted() -> Iterator[Executor]:
 
 
 @pytest.fixture
-def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def unverified_kernels(monkeypatch) -> None:
     """`auto` uses the kernels on the CPU as on a GPU. No layout is verified yet."""
-    from cyclip_loss import engines, kernels, usage_warnings  # the kernels need Triton
+    from cyclip_loss import engines, kernels  # the kernels need Triton
 
     if not kernels.INTERPRETED:
         pytest.skip("pretends that the CPU is a GPU")
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
     set_small_blocks(monkeypatch)
     monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
-    monkeypatch.setattr(usage_warnings, "_warned", set())

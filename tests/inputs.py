@@ -1,13 +1,10 @@
 """Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -70,6 +67,7 @@ class Case:
     strip_rows: int | None = None
     logit_bias: float = -5.0  # of SigLIP's loss
     seed: int = 0
+    reason: str = ""  # what is hard about it: the test's id
 
     def arguments(self, device: Device) -> Tensors:
         """Features, logit scale, bias and ids, by the names of the function's arguments."""
@@ -231,19 +229,6 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "logit_bias": st.sampled_from([-10.0, -2.5, 1.0]),
     "seed": st.integers(0, 99),
 }
-
-
-def with_cases(fixed: list[Any]) -> Callable[[Any], Any]:
-    """A decorator that adds fixed cases to those that Hypothesis draws."""
-    return lambda test: reduce(lambda found, case: example(case=case)(found), fixed, test)
-
-
-def for_kernels(fixed: list[Any]) -> list[Any]:
-    """The cases, in float32 instead of float64, which the kernels do not compute."""
-    return [
-        replace(case, dtype=torch.float32) if case.dtype == torch.float64 else case
-        for case in fixed
-    ]
 
 
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.

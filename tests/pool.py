@@ -25,6 +25,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from interpreter import speed_up
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _own_device = torch.device("cpu")
 
@@ -118,6 +120,34 @@ class Ranks:
         if errors:
             raise RankError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
         return [results[rank] for rank in sorted(results)]
+
+
+Traffic = list[tuple[str, int]]
+
+
+class Collectives(TorchDispatchMode):
+    """Records each collective: its name, and the bytes of its result (or of its input, for sends,
+    reduce-scatters, and what DDP and FSDP2 do in place). `largest` is the most elements that the
+    result of any operator has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Traffic = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        name = function.overloadpacket.__name__.removesuffix("_out")  # the same collective
+        if "c10d" in function.namespace and name != "wait_tensor":
+            takes_result = isinstance(result, torch.Tensor) and name != "reduce_scatter_tensor"
+            tensor = result if takes_result else tree_leaves(args)[0]
+            name = f"all_reduce {args[1]}" if name == "all_reduce" else name
+            self.found.append((name, tensor.nbytes))
+        return result
 
 
 # What takes long to import. The first also imports Triton, and so its interpreter.

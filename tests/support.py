@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cyclip_loss import numerics
+from cyclip_loss import inputs, numerics, usage_warnings
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -25,6 +25,12 @@ def fill_fresh_memory_with_nan() -> None:
     """Fill uninitialised tensors with NaN, so that tests notice elements never written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def forget_warnings() -> None:
+    """As if this process had not warned yet, nor checked the inputs of a first call."""
+    usage_warnings._warned.clear()
+    inputs._checked.clear()
 
 
 @contextmanager

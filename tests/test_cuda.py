@@ -1,4 +1,4 @@
-"""Tests that need a GPU: CUDA graphs, streams, synchronisation, Inductor, memory, large batches.
+"""Tests that need a GPU: CUDA graphs, streams, synchronisation, memory, large batches.
 
 The other tests can also run on a GPU. There they check the compiled kernels.
 """
@@ -10,15 +10,12 @@ import torch
 from accuracy import check_loss, results
 from inputs import Case
 from support import setting
-from torch import Tensor, nn
-from torch.nn.functional import normalize
-from torch.nn.utils import parameters_to_vector
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, cached_backward
+from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 PRODUCTS = pytest.mark.parametrize("products", ["highest", "high"])  # "high": tf32
 # Several tiles, the last ones partial. The lambdas differ, so that all Gram matrices are needed.
 SEVERAL_TILES = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
@@ -33,16 +30,15 @@ def make_loss(case: Case, impl: str) -> CyCLIPLoss:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1031, 328, logit_scale=100.0, distance=0.003),
-        Case(2053, 129, logit_scale=10.0, distance=0.03, lambdas=(0.5, 0.125)),
-        Case(2053, 768, logit_scale=30.0, distance=0.3),
-        Case(2053, 129, logit_scale=20.0, image_layout="transposed", lambdas=(0.0, 0.25)),
-        Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off"),
+        Case(1031, 328, logit_scale=100.0, distance=0.003, reason="close pairs"),
+        Case(2053, 129, logit_scale=10.0, distance=0.03, lambdas=(0.5, 0.125), reason="odd D"),
+        Case(2053, 768, logit_scale=30.0, distance=0.3, reason="large D"),
+        Case(2053, 129, image_layout="transposed", lambdas=(0.0, 0.25), reason="transposed"),
+        Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off", reason="unaligned"),
     ],
-    ids=lambda case: f"{case.n}-{case.d}-{case.distance}-{case.image_layout}",
 )
 def test_batches_of_many_tiles_are_accurate(
-    case: Case, dtype: torch.dtype, products: str, impl: str, device
+    case: Case, dtype: torch.dtype, products: str, impl, device
 ) -> None:
     """Tiles have their shipped sizes. In the other tests a batch has only a few tiles."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
@@ -88,9 +84,7 @@ def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device) -> No
 
 @PRODUCTS
 @DTYPES
-def test_every_call_gives_the_same_bits(
-    dtype: torch.dtype, products: str, impl: str, device
-) -> None:
+def test_every_call_gives_the_same_bits(dtype: torch.dtype, products: str, impl, device) -> None:
     """Without PyTorch's deterministic mode, in which other tests run."""
     case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
     inputs = case.inputs(device)
@@ -99,7 +93,7 @@ def test_every_call_gives_the_same_bits(
     torch.testing.assert_close(others, [first] * 4, rtol=0, atol=0)
 
 
-def test_a_cuda_graph_replays_a_step_on_new_features(impl: str, device) -> None:
+def test_a_cuda_graph_replays_a_step_on_new_features(impl, device) -> None:
     loss = make_loss(SEVERAL_TILES, impl)
     leaves = SEVERAL_TILES.leaves(device)
     stream = torch.cuda.Stream(device)
@@ -123,7 +117,7 @@ def test_a_cuda_graph_replays_a_step_on_new_features(impl: str, device) -> None:
     torch.testing.assert_close(replayed, results(loss, *inputs))
 
 
-def test_a_step_runs_on_the_current_stream_only(impl: str, device) -> None:
+def test_a_step_runs_on_the_current_stream_only(impl, device) -> None:
     """The default stream is busy, so that work on it would have to wait."""
     inputs = SEVERAL_TILES.inputs(device)
     expected = results(make_loss(SEVERAL_TILES, impl), *inputs)
@@ -139,7 +133,7 @@ def test_a_step_runs_on_the_current_stream_only(impl: str, device) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl: str) -> None:
+def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl) -> None:
     assert torch.cuda.current_device() == 0
     check_loss(SEVERAL_TILES, impl, "cuda:1")
     assert torch.cuda.current_device() == 0
@@ -148,7 +142,7 @@ def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl: str) -> N
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
 def test_a_step_does_not_synchronise_with_the_host(
-    impl: str, lambdas, output_dict: bool, device
+    impl, lambdas, output_dict: bool, device
 ) -> None:
     loss = CyCLIPLoss(*lambdas, impl=impl)
     leaves = SEVERAL_TILES.leaves(device)
@@ -164,61 +158,3 @@ def test_a_step_does_not_synchronise_with_the_host(
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_inductor_gives_the_same_value_and_gradients(impl: str, device) -> None:
-    """The other tests compile with other backends than Inductor."""
-    loss, inputs = make_loss(SEVERAL_TILES, impl), SEVERAL_TILES.inputs(device)
-    torch._dynamo.reset()
-    actual = results(torch.compile(loss, fullgraph=True), *inputs)
-    torch.testing.assert_close(actual, results(loss, *inputs))
-
-
-def test_no_n_by_n_matrix_is_allocated(impl: str, device) -> None:
-    """It would take 17 GB in float32. (`tests/loss/test_cost.py` says what forward keeps.)"""
-    case = Case(65536, 32, torch.bfloat16, lambdas=(0.5, 0.125))
-    inputs = case.inputs(device)
-    results(make_loss(case, impl), *inputs)  # libraries allocate some memory in the first step
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    results(make_loss(case, impl), *inputs)
-    assert torch.cuda.max_memory_allocated(device) - before <= case.n**2 / 2
-
-
-class WithDropout(nn.Module):
-    """Both towers are one. Its activations are 16 times as large as its inputs, or more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tower = nn.Sequential(
-            nn.Linear(128, 2048), nn.Dropout(), nn.GELU(), nn.Linear(2048, 64)
-        )
-
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, float]:
-        image_features, text_features = self.tower(images), self.tower(texts)
-        return normalize(image_features, dim=1), normalize(text_features, dim=1), 10.0
-
-
-def test_cached_backward_repeats_random_numbers_and_saves_memory(impl: str, device) -> None:
-    model, loss_fn = WithDropout().to(device), CyCLIPLoss(impl=impl)
-    inputs = [torch.randn(4096, 128, device=device) for _ in range(2)]
-    found = []
-    for cached in (True, False, True):  # libraries allocate some memory in the first step
-        model.zero_grad()
-        torch.manual_seed(1)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        if cached:
-            loss = cached_backward(model, loss_fn, *inputs, mini_batch_size=256)
-        else:
-            parts = zip(*(x.split(256) for x in inputs), strict=True)
-            image_features, text_features, _ = zip(*(model(*part) for part in parts), strict=True)
-            loss = loss_fn(torch.cat(image_features), torch.cat(text_features), 10.0)
-            loss.backward()
-        memory = torch.cuda.max_memory_allocated(device) - before
-        grads = parameters_to_vector([parameter.grad for parameter in model.parameters()])
-        found.append((memory, loss.detach(), grads, torch.rand(1, device=device)))
-    _, (whole_memory, *expected), (memory, *actual) = found
-    largest = float(expected[1].abs().max())
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * largest)
-    assert memory < whole_memory / 4

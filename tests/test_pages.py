@@ -3,7 +3,6 @@
 import doctest
 import warnings
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ def test_the_loss_on_a_page_is_the_papers(page: str, reference_batch_size, given
     assert (given["model"].logit_scale.grad is not None) == (page == "README.md")
 
 
-def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path: Path, monkeypatch) -> None:
+def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path, monkeypatch) -> None:
     initialise = dist.init_process_group
     options = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
     monkeypatch.setattr(dist, "init_process_group", lambda _: initialise("gloo", **options))
@@ -57,7 +56,7 @@ def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path: Path, m
         dist.destroy_process_group()
 
 
-def test_the_evaluation_pages_code_prints_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_evaluation_pages_code_prints_the_metrics(capsys) -> None:
     run("docs/evaluation.md")
     assert "inmodal_correlation" in capsys.readouterr().out
 

@@ -1,7 +1,6 @@
 """`python -m benchmarks gpu`: the tests that it selects, and its measurements in a dry run."""
 
 import re
-from pathlib import Path
 
 from processes import ROOT, run_python
 
@@ -28,7 +27,7 @@ runpy.run_module("benchmarks", run_name="__main__")
 """
 
 
-def test_dry_run_leaves_a_page_with_every_section_and_no_rows(tmp_path: Path) -> None:
+def test_dry_run_leaves_a_page_with_every_section_and_no_rows(tmp_path) -> None:
     arguments = f"gpu --dry-run --out {tmp_path} --sections kernels competitors"
     ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]

@@ -32,18 +32,9 @@ def verified(dtype: torch.dtype) -> VerifiedKernels:
 
 
 def step(impl: str = "auto", **options: Any) -> Any:
-    """The loss and the gradients of a training step."""
-    case = Case(6, 4, BFLOAT16, **options)
+    """The loss and the gradients of a training step, in bfloat16 by default."""
+    case = Case(6, 4, **{"dtype": BFLOAT16, **options})
     return evaluate(case, case.arguments("cpu"), impl)
-
-
-def run(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """The results of the second of two calls, and the CyCLIPWarnings of both."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-        results = call()
-    return results, [str(w.message) for w in caught if w.category is CyCLIPWarning]
 
 
 def scaled(index: int, original: Any, *arguments: Any, factor: float = 1.1) -> Any:
@@ -74,9 +65,13 @@ FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_feat
 # The options of a step, and the functions that it calls in another layout than a plain step.
 STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
+    ({"dtype": torch.float32}, PLAIN),
+    (
+        {"dtype": torch.float32, "function": "siglip"},
+        (SIGMOID, GRAMS, CYCLIC, CYCLIC_GRADS),
+    ),
     ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
-    ({"function": "siglip", "distinct_ids": 4}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}, (SIGMOID,)),
     (
         {
@@ -92,7 +87,6 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"negatives": (3, None)}, (LSE, GRADS)),
     ({"frozen": FROZEN_IMAGE}, (GRADS, CYCLIC_GRADS)),
     ({"frozen": FROZEN_TEXT}, (GRADS, CYCLIC_GRADS)),
-    ({"frozen": FROZEN_IMAGE | FROZEN_TEXT}, (GRADS,)),
     ({"frozen": frozenset(["logit_scale"])}, (GRADS,)),
     ({"lambdas": (0.25, 0.5)}, (GRAMS, CYCLIC, CYCLIC_GRADS)),
     ({"output_dict": True}, (GRAMS, CYCLIC, CYCLIC_GRADS)),
@@ -120,7 +114,11 @@ def recorded_comparisons(
 def test_each_new_layout_is_compared_and_a_fault_is_noticed(
     options: dict[str, Any], functions: tuple[str, ...], monkeypatch
 ) -> None:
-    """In every result of every function. The step itself uses kernels that agree."""
+    """In every result of every function. The step itself uses kernels that agree.
+
+    Rounding explains a small fault in bfloat16, and not in float32.
+    """
+    dtype = options.get("dtype", BFLOAT16)
     with monkeypatch.context() as patch:
         compared = recorded_comparisons(patch)
         if options:
@@ -128,13 +126,14 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         known = len(compared)
         for seed in (0, 1):  # only once
             step(**options, seed=seed)
-    engine = verified(BFLOAT16)
+    engine = verified(dtype)
     assert engine.problem is None
     assert sorted(function for function, _ in compared[known:]) == sorted(functions)
     for function, arguments in compared[known:]:
         original = getattr(kernels, function)
         results = enumerate(tree_leaves(original(*arguments)))
-        faults = [partial(scaled, index) for index, x in results if x is not None and x.any()]
+        scale = partial(scaled, factor=1.1 if dtype == BFLOAT16 else 1.001)
+        faults = [partial(scale, index) for index, x in results if x is not None and x.any()]
         faults += [] if options else [without_nan, *(partial(without_nan_in, i) for i in (0, 1))]
         if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
             faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
@@ -142,23 +141,6 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         for fault in faults:
             monkeypatch.setattr(kernels, function, partial(fault, original))
             assert engine.compare(function, arguments) is not None, (function, fault)
-        monkeypatch.setattr(kernels, function, original)
-
-
-def test_a_small_fault_in_float32_is_noticed(monkeypatch) -> None:
-    """One that rounding explains in bfloat16."""
-    with monkeypatch.context() as patch:
-        compared = recorded_comparisons(patch)
-        for function in ("cyclip", "siglip"):
-            case = Case(6, 4, function=function)
-            evaluate(case, case.arguments("cpu"), "auto")
-    engine = verified(torch.float32)
-    assert engine.problem is None
-    assert {function for function, _ in compared} == {*PLAIN, SIGMOID}
-    for function, arguments in compared:
-        original = getattr(kernels, function)
-        monkeypatch.setattr(kernels, function, partial(scaled, 0, original, factor=1.001))
-        assert engine.compare(function, arguments) is not None, function
         monkeypatch.setattr(kernels, function, original)
 
 
@@ -192,16 +174,12 @@ def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
 ) -> None:
     """With one warning. With impl="triton" a kernel that fails raises its error."""
     monkeypatch.setattr(kernels, GRADS, partial(fault, kernels.contrastive_grads))
-    found, [message] = run(step)
+    with pytest.warns(CyCLIPWarning) as caught:
+        _, found = step(), step()
+    [message] = [str(x.message) for x in caught if x.category is CyCLIPWarning]
     torch.testing.assert_close(found, step("eager"))
-    for text in (
-        "the Triton kernels do not work on cpu (CPU, ",
-        torch.__version__,
-        problem,
-        "PyTorch computes torch.bfloat16 instead",
-        f" {GRADS}(",
-    ):
-        assert text in message
+    assert f" {GRADS}(" in message
+    assert problem in message
     assert verified(torch.float32).problem is None
     if fault is fails:
         with pytest.raises(RuntimeError, match=problem):
@@ -210,6 +188,7 @@ def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
 
 def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) -> None:
     """PyTorch computes this call, without a warning, and the next call compares again."""
+    warnings.simplefilter("error", CyCLIPWarning)  # pytest resets it
 
     def no_memory(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -217,25 +196,19 @@ def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(VerifiedKernels, "compare", no_memory)
         patch.setattr(kernels, GRADS, fails)
-        _, messages = run(step)
-    assert messages == []
+        step()
     compared = recorded_comparisons(monkeypatch)
     step()
     assert sorted(function for function, _ in compared) == sorted(PLAIN)
 
 
-def test_two_threads_compare_a_layout_once_and_leave_the_process_as_it_was(monkeypatch) -> None:
+def test_two_threads_compare_a_layout_once(monkeypatch) -> None:
     """Autograd has a thread for each device."""
     # The interpreter can run the kernels of one thread at a time only.
     monkeypatch.setattr(kernels, GRAMS, eager.gram_matrices)
     compared = recorded_comparisons(monkeypatch, seconds=0.2)
     image, text, _ = Case(6, 4).inputs("cpu")
-
-    def state() -> tuple[Any, ...]:
-        mode, numbers = torch.get_deterministic_debug_mode(), torch.get_rng_state()
-        return mode, list(warnings.filters), numbers.tolist()
-
-    before, engine = state(), verified(torch.float32)
+    engine = verified(torch.float32)
     with ThreadPoolExecutor(3) as threads:
         for call in [
             threads.submit(engine.gram_matrices, image, text, with_cross)
@@ -243,26 +216,23 @@ def test_two_threads_compare_a_layout_once_and_leave_the_process_as_it_was(monke
         ]:
             call.result(timeout=120)
     assert len(compared) == 2
-    assert state() == before
 
 
 def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch) -> None:
     """A warning in the comparison is no error either, although the caller turns it into one."""
-    settings, original = [], VerifiedKernels.small_batch
+    original = VerifiedKernels.small_batch
 
-    def recorded(*arguments: Any) -> Any:
+    def warns(*arguments: Any) -> Any:
         warnings.warn("deprecated in a compiler", DeprecationWarning, stacklevel=1)
-        settings.append(
-            (
-                torch.empty(0).device,
-                torch.is_autocast_enabled("cpu"),
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_inference_mode_enabled(),
-            )
-        )
+        assert torch.empty(0).device == torch.device("cpu")
+        assert not torch.are_deterministic_algorithms_enabled()
         return original(*arguments)
 
-    monkeypatch.setattr(VerifiedKernels, "small_batch", recorded)
+    def state() -> tuple[Any, ...]:
+        mode, numbers = torch.get_deterministic_debug_mode(), torch.get_rng_state()
+        return mode, list(warnings.filters), numbers.tolist()
+
+    monkeypatch.setattr(VerifiedKernels, "small_batch", warns)
     image, text, _ = Case(6, 4).inputs("cpu")
     engine = verified(torch.float32)
     with (
@@ -275,10 +245,10 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatc
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("error", "deprecated in a compiler", DeprecationWarning)
+        before = state()
         engine.gram_matrices(image, text, False)
-        assert torch.get_deterministic_debug_mode() == 2  # "error"
+        assert state() == before
     assert engine.problem is None
-    assert settings == [(torch.device("cpu"), False, False, False)]
 
 
 def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch) -> None:

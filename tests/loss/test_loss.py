@@ -1,5 +1,7 @@
 """Accuracy of the loss in every dtype, layout and geometry; the definition itself; precision."""
 
+from dataclasses import replace
+
 import pytest
 import rounding
 import torch
@@ -14,64 +16,47 @@ from inputs import (
     VIEWS,
     Case,
     cases,
-    for_kernels,
-    with_cases,
 )
 from support import examples, needs_triton, setting
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, contrastive_logsumexp, numerics, reference
 
-TERMS_WEIGHTED = {"output_dict": True, "upstream": (3.0, -0.5, 2.0)}
-FULL = TERMS_WEIGHTED | {"views": True, "lambdas": (0.25, 0.5)}
-WIDE = torch.float64
+WIDE, BF16, FP16 = torch.float64, torch.bfloat16, torch.float16
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
+OPPOSITE = {"distance": 0.003, "anti_aligned": True}
 SIGLIP = {"function": "siglip", "strip_rows": 32}
-NO_PENALTY = SIGLIP | {"lambdas": (0.0, 0.0)}
+POSITIVES = SIGLIP | {"same_ids": "positives", "negatives": (7, 5)}
+LARGE_UPSTREAM = SIGLIP | {"lambdas": (0.0, 0.0), "upstream": (2.0**16,) * 3}
 # Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
 HARD = [
-    Case(65, 10, strip_rows=32, **FULL),
-    Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, strip_rows=32),
-    Case(64, 1, logit_scale=100.0, strip_rows=7),
-    # All logits are -100: exp(l - 100) would underflow, and its log be -inf.
-    Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS),
-    # P_cross is 0. Without clamping, both engines would return a negative number.
-    Case(80, 24, torch.bfloat16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS),
-    Case(80, 24, torch.bfloat16, distinct_ids=6, strip_rows=7),  # several blocks of G
-    Case(73, 65, torch.bfloat16, logit_scale=60.0, negatives=(None, 1), seed=2),  # one column
-    Case(260, 5),  # more than one group of row tiles
+    Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, reason="worst pairs"),
+    # exp(l - 100) would underflow, and its log be -inf.
+    Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS, reason="all logits are -100"),
+    # Without clamping, both engines would return a negative number.
+    Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS, reason="P_cross is 0"),
+    Case(260, 5, reason="several groups of row tiles"),
+    Case(73, 65, BF16, negatives=(None, 1), seed=2, logit_scale=60.0, reason="one more column"),
     # All images are equal and nearest to one text. That text's G, summed over images, overflows.
-    Case(40, 3, torch.float16, logit_scale=100.0, image_layout="expanded"),
-    Case(80, 1, torch.float16, strip_rows=7),  # the same over several blocks
+    Case(40, 3, FP16, logit_scale=100.0, image_layout="expanded", reason="float16 overflow"),
+    Case(80, 1, FP16, strip_rows=7, reason="float16 overflow over several blocks"),
     # Pairs far worse than their negatives: 1e-9 is missing from the loss if log(1 + exp(21)) is 21.
-    *(Case(n, 12, WIDE, logit_scale=16.0, distance=0.003, anti_aligned=True) for n in (9, 30)),
-    # Close pairs, whose penalties, loss and G are small differences of large numbers.
-    Case(96, 40, logit_scale=16.0, distance=0.003, output_dict=True),
-    Case(60, 60, logit_scale=16.0, distance=0.003, output_dict=True),
-    # Image and text features with different row strides, or one unaligned base address.
-    Case(80, 64, text_layout="every other row", lambdas=(0.5, 0.125)),
-    Case(80, 32, torch.bfloat16, image_layout="8 bytes off", lambdas=(0.5, 0.125)),
-    Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
-    Case(40, 256, torch.bfloat16, distance=0.3, logit_scale=30.0),
-    Case(40, 256, distance=0.003, logit_scale=5.0, strip_rows=32, output_dict=True),
-    # Equal lambdas, but the caller weights the two penalties differently.
-    Case(10, 30, WIDE, **TERMS_WEIGHTED),
-    # From log-sum-exps, whose upstream gradients are too small for float16.
-    Case(300, 8, torch.float16, distinct_ids=90, function="log-sum-exps"),
-    Case(65, 1, WIDE, logit_scale=100.0, negatives=(130, 0), distinct_ids=20, function="one way"),
-    Case(70, 33, distance=0.003, logit_scale=100.0, function="log-sum-exps"),
-    Case(90, 20, WIDE, distinct_ids=9, same_ids="positives", negatives=(7, 5), **SIGLIP),
-    Case(9, 20, WIDE, distinct_ids=5, negatives=(3, 2), **SIGLIP),  # dense
-    Case(70, 40, torch.float16, distance=0.003, logit_scale=100.0, **SIGLIP),
-    Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP),  # only the bias is trained
+    Case(30, 12, WIDE, logit_scale=16.0, **OPPOSITE, reason="large softplus"),
+    # Penalties, loss and G are small differences of large numbers.
+    Case(96, 40, logit_scale=16.0, distance=0.003, output_dict=True, reason="close pairs"),
+    Case(40, 256, BF16, distance=0.3, logit_scale=30.0, reason="large D, bfloat16"),
+    # From log-sum-exps.
+    Case(300, 8, FP16, function="log-sum-exps", reason="small upstream for float16"),
+    Case(90, 20, WIDE, distinct_ids=9, **POSITIVES, reason="SigLIP, positives"),
+    Case(70, 40, FP16, distance=0.003, logit_scale=100.0, **SIGLIP, reason="SigLIP, close pairs"),
+    Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP, reason="SigLIP, only the bias is trained"),
     # Gradients that float16 holds only after they are multiplied by the upstream gradient.
-    Case(300, 8, torch.float16, logit_scale=1e-4, upstream=(2.0**16,) * 3, **NO_PENALTY),
+    Case(300, 8, FP16, logit_scale=1e-4, **LARGE_UPSTREAM, reason="SigLIP, float16 underflow"),
 ]
 
 
 @examples(6)
 @given(case=cases())
-@with_cases(HARD)
 def test_eager_engine_is_accurate_in_each_element(case: Case, device) -> None:
     check_loss(case, "eager", device)
 
@@ -79,13 +64,19 @@ def test_eager_engine_is_accurate_in_each_element(case: Case, device) -> None:
 @needs_triton
 @examples(2)
 @given(case=cases(**FOR_KERNELS))
-@with_cases(for_kernels(HARD))
 def test_kernels_are_accurate_in_each_element(case: Case, device) -> None:
     check_loss(case, "triton", device)
 
 
+@pytest.mark.parametrize("case", HARD)
+def test_hard_cases_are_accurate_in_each_element(case: Case, impl, device) -> None:
+    if impl == "triton" and case.dtype == WIDE:  # which the kernels do not compute
+        case = replace(case, dtype=torch.float32)
+    check_loss(case, impl, device)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize(("dtype", "most"), [(WIDE, 1e-12), (torch.float32, 2e-4)], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [(WIDE, 1e-12), (torch.float32, 2e-4)])
 def test_the_bounds_for_ordinary_features_are_small(
     function: str, dtype: torch.dtype, most: float
 ) -> None:
@@ -98,7 +89,7 @@ def test_the_bounds_for_ordinary_features_are_small(
         assert bounds[name].max() <= most * exact.abs().max(), name
 
 
-def test_penalties_without_weights_have_a_zero_gradient(impl: str, device) -> None:
+def test_penalties_without_weights_have_a_zero_gradient(impl, device) -> None:
     """As in the first step of a warm-up from 0."""
     image, text, scale = Case(5, 6).leaves(device)
     terms = CyCLIPLoss(0, 0, impl=impl)(image, text, scale, output_dict=True)
@@ -140,13 +131,7 @@ def test_the_defined_penalties_match_values_computed_by_hand() -> None:
     assert crossmodal == 1.0
 
 
-def test_a_scale_of_nan_gives_nan(impl: str, device) -> None:
-    for d in (4, 2):  # dense, streamed
-        features = torch.eye(5, d, device=device)
-        assert CyCLIPLoss(0, 0, impl=impl)(features, features, torch.tensor(torch.nan)).isnan()
-
-
-def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl: str, device) -> None:
+def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl, device) -> None:
     """The upstream gradient of a sum has the stride 0."""
     image, text, scale = Case(9, 4).leaves(device)
     pair_logits = contrastive_logsumexp(image, text, scale, impl=impl)[-1]
@@ -154,24 +139,16 @@ def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl: str, device) 
     torch.testing.assert_close(grad, scale.detach() * text.detach())
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["rows", "columns"])
-def test_upstream_gradients_of_log_sum_exps_have_one_sign_or_give_nan_if_streamed(
-    index: int, impl: str, device
-) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_upstream_gradients_of_both_signs_give_nan_if_streamed(index: int, impl, device) -> None:
     inputs = Case(9, 4).leaves(device)
     lse = contrastive_logsumexp(*inputs, impl=impl)[index]
-
-    def grads(value: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(value, inputs, retain_graph=True)
-
-    for grad, negative in zip(grads(lse.sum()), grads(-lse.sum()), strict=True):
-        torch.testing.assert_close(negative, -grad, rtol=0, atol=0)
-    for grad in grads(lse[4:].sum() - lse[:4].sum()):
+    for grad in torch.autograd.grad(lse[4:].sum() - lse[:4].sum(), inputs):
         assert grad.isnan().any()
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_matmul_precision_is_obeyed_and_not_changed(impl: str, precision: str, device) -> None:
+def test_the_matmul_precision_is_obeyed_and_not_changed(impl, precision: str, device) -> None:
     """The settings "high" and "medium" allow tf32."""
     case = Case(80, 5, distance=1e-5, lambdas=(0.5, 0.25), output_dict=True)
     with setting("float32_matmul_precision", precision):
@@ -179,57 +156,39 @@ def test_the_matmul_precision_is_obeyed_and_not_changed(impl: str, precision: st
         assert torch.get_float32_matmul_precision() == precision
 
 
-@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
-@pytest.mark.parametrize("adds", [False, True], ids=["mm", "addmm"])
+@pytest.mark.parametrize("dtype", DTYPES[2:])
 def test_16_bit_matrices_multiplied_into_float32_are_accurate(
-    dtype: torch.dtype, adds: bool, monkeypatch, device
+    dtype: torch.dtype, monkeypatch, device
 ) -> None:
     """The eager engine uses such products on CUDA. This test imitates them."""
-    products = set()
 
-    def widening(name: str, original):
+    def widening(original):
         def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
-            if out_dtype is not None:
-                if name == "addmm" and not adds:  # as PyTorch 2.8 to 2.10 does
-                    raise RuntimeError("cannot add to a float32 matrix")
-                products.add((name, matrices[-1].dtype))
-                matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
-            return original(*matrices, **options)
+            return original(*[x.to(out_dtype or x.dtype) for x in matrices], **options)
 
         return multiply
 
     for name in ("mm", "addmm"):
-        monkeypatch.setattr(torch, name, widening(name, getattr(torch, name)))
-    monkeypatch.setattr(numerics, "_try_wide_products", numerics._try_wide_products.__wrapped__)
+        monkeypatch.setattr(torch, name, widening(getattr(torch, name)))
     for module in (numerics, rounding):
         monkeypatch.setattr(module, "has_wide_products", lambda x: x.element_size() == 2)
     for function in ("cyclip", "siglip"):
         for frozen in ([], FEATURES[:1], FEATURES[1:]):
             given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
-            for logit_scale in (10.0, 100.0):
-                case = Case(40, 12, dtype, logit_scale=logit_scale, function=function, **given)
-                check_loss(case, "eager", device)
-    assert products == {(name, dtype) for name in (("mm", "addmm") if adds else ("mm",))}
+            check_loss(Case(40, 12, dtype, function=function, **given), "eager", device)
 
 
-def test_16_bit_matrices_are_widened_if_their_device_has_no_wide_products(monkeypatch) -> None:
-    """Each device is tried once, and again only if it was out of memory."""
-    errors = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("NOT_SUPPORTED")])
-
+def test_16_bit_matrices_are_widened_if_their_device_refuses_such_products(monkeypatch) -> None:
     def refuses(*_, **__) -> Tensor:
-        raise next(errors)
+        raise RuntimeError("NOT_SUPPORTED")
 
-    features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # stands for a GPU
-    numerics._try_wide_products.cache_clear()
     monkeypatch.setattr(torch, "mm", refuses)
-    with pytest.raises(torch.OutOfMemoryError):
-        numerics.has_wide_products(features)
-    for _ in range(2):
-        assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
-    numerics._try_wide_products.cache_clear()
+    # No other test has this dtype on the device "meta", which stands for a GPU here.
+    features = torch.ones(3, 3, dtype=torch.float16, device="meta")
+    assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
 
 
-def test_float16_gradients_of_confident_positives_fit(impl: str, device) -> None:
+def test_float16_gradients_of_confident_positives_fit(impl, device) -> None:
     """The part of other positives counts for the unit of the gradients, or they overflow."""
     leaves = [torch.eye(8, 16, device=device).half().requires_grad_() for _ in range(2)]
     ids = torch.arange(8, device=device) // 2

@@ -1,6 +1,7 @@
 """`consistency_metrics` against the dense definitions."""
 
 import math
+from typing import Any
 
 import inputs
 import pytest
@@ -17,33 +18,34 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
     """Each metric by its definition, with N x N matrices, in float64."""
     image, text = image.double(), text.double()
 
-    def uniformity(x: torch.Tensor) -> float:
-        return math.log((-2 * torch.pdist(x).square()).exp().mean().item())
+    def uniformity(x: torch.Tensor) -> torch.Tensor:
+        return (-2 * torch.pdist(x).square()).exp().mean().log()
 
-    def accuracy(similarities: torch.Tensor) -> float:
+    def accuracy(similarities: torch.Tensor) -> torch.Tensor:
         own = torch.arange(len(image), device=image.device)
-        return (similarities.argmax(dim=1) == own).double().mean().item()
+        return (similarities.argmax(dim=1) == own).double().mean()
 
-    def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    def correlation(x: torch.Tensor, y: torch.Tensor) -> Any:
         if len(x) < 3:
             return math.nan
         others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
         both = torch.stack((x[others], y[others]))
         varies = both.std(dim=1).min() > 1e-10 * both.abs().max()
-        return torch.corrcoef(both)[0, 1].item() if varies else math.nan
+        return torch.corrcoef(both)[0, 1] if varies else math.nan
 
-    cross = image @ text.T
-    return {
-        "inmodal_gap": (image @ image.T - text @ text.T).square().mean().item(),
-        "crossmodal_gap": (cross - cross.T).square().mean().item(),
-        "alignment": (image - text).square().sum(dim=1).mean().item(),
+    images, texts, cross = image @ image.T, text @ text.T, image @ text.T
+    found = {
+        "inmodal_gap": (images - texts).square().mean(),
+        "crossmodal_gap": (cross - cross.T).square().mean(),
+        "alignment": (image - text).square().sum(dim=1).mean(),
         "image_uniformity": uniformity(image),
         "text_uniformity": uniformity(text),
         "image_to_text_accuracy": accuracy(cross),
         "text_to_image_accuracy": accuracy(cross.T),
-        "inmodal_correlation": correlation(image @ image.T, text @ text.T),
+        "inmodal_correlation": correlation(images, texts),
         "crossmodal_correlation": correlation(cross, cross.T),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 # Equal rows tie for the nearest one.

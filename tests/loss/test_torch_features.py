@@ -35,7 +35,7 @@ WIDE = torch.float64
 @example(case=Case(30, 6, function="log-sum-exps"))
 @example(case=Case(30, 6, function="siglip"))
 def test_autocast_casts_only_features_and_other_modes_change_no_bit(
-    case: Case, impl: str, device
+    case: Case, impl, device
 ) -> None:
     """Autocast leaves float64 as it is. The other modes are no_grad, inference_mode and a default
     device.
@@ -64,7 +64,7 @@ OPTIONS += [{"function": name} for name in ("penalties", "siglip", "log-sum-exps
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
-    options: dict[str, Any], impl: str, device
+    options: dict[str, Any], impl, device
 ) -> None:
     case = Case(30, 6, **options)
     given = {name: x.requires_grad_() for name, x in case.arguments(device).items()}
@@ -149,8 +149,6 @@ CALLS = [
     *({"function": name, "d": 8, **IDS} for name in ("cyclip", "log-sum-exps", "one way")),
     {"function": "siglip", "frozen": frozenset([*INPUTS, "logit_bias"])},
     {"function": "siglip", "negatives": (4, 2), "output_dict": True, **POSITIVES},
-    {"function": "log-sum-exps", "negatives": (4, None), "dtype": torch.float16},
-    {"views": True, **IDS},
     {"views": True, **POSITIVES},
     {"negatives": (9, None), "dtype": torch.bfloat16},
     {"negatives": (9, 0), "output_dict": True, **POSITIVES},
@@ -224,11 +222,10 @@ def test_a_tensor_given_twice_and_a_wrapped_loss_compile_into_one_graph(device) 
     torch.testing.assert_close(results(compiled, *inputs), results(function, *inputs))
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_an_exported_loss_with_ids_has_the_same_value(strict: bool) -> None:
+def test_an_exported_loss_with_ids_has_the_same_value() -> None:
     given = Case(9, 4, distinct_ids=5).arguments("cpu")
     given["ids"] = given["ids"].contiguous()
-    exported = torch.export.export(CyCLIPLoss(), (), given, strict=strict)
+    exported = torch.export.export(CyCLIPLoss(), (), given, strict=True)
     torch.testing.assert_close(exported.module()(**given), CyCLIPLoss()(**given))
 
 
@@ -246,4 +243,3 @@ def test_a_copy_computes_the_same_loss_and_has_its_own_options(module: nn.Module
         assert twin(*arguments) > expected
         assert module(*arguments) == expected
     assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss
-    assert "lambda_inmodal=0." in repr(module)

@@ -1,12 +1,9 @@
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
-import logging
-import re
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import pytest
 import torch
@@ -21,16 +18,8 @@ from cyclip_loss import (
     CySigLIPLoss,
     WithCyclicPenalty,
     contrastive_logsumexp,
-    usage_warnings,
 )
 from cyclip_loss import inputs as checks
-
-
-@pytest.fixture(autouse=True)
-def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start each test as if the process had not warned yet."""
-    monkeypatch.setattr(usage_warnings, "_warned", set())
-    monkeypatch.setattr(checks, "_checked", WeakSet())
 
 
 def messages(call: Callable[[], Any]) -> list[str]:
@@ -43,40 +32,27 @@ def messages(call: Callable[[], Any]) -> list[str]:
 
 
 ROWS = torch.eye(4, device="cpu")
-VIEWS = {"augmented_image_features": None, "augmented_text_features": None}
 STRONG, LENGTHS, SCALE = "as strong as", "from 1 to 7", "must be finite and > 0, got"
 # A module, the number of pairs, changes of the arguments, and a part of the only warning. `long`
 # stands for texts of which one is 7 times as long.
 CASES = [
-    (CyCLIPLoss(0, 1), 64, {}, ""),
-    (CyCLIPLoss(0, 1), 65, {}, STRONG),
     (CyCLIPLoss(1, 0), 65, {}, STRONG),
     # The lambdas are not added: each may be twice as strong as the paper's.
     (CyCLIPLoss(), 256, {}, ""),
     (CyCLIPLoss(), 257, {}, STRONG),
     (CyclicPenalty(), 257, {}, STRONG),
-    (CyCLIPLoss(0, 0), 5000, {}, ""),
     (CyCLIPLoss(0, 1, reference_batch_size=128), 2000, {}, ""),
     (CySigLIPLoss(0.25, 0.25, reference_batch_size=128), 6, {}, "accuracy of SigLIP's loss"),
     (CySigLIPLoss(1 / 64, 1 / 64, reference_batch_size=128), 6, {}, ""),
-    (CySigLIPLoss(), 6, {}, ""),
-    (CyCLIPLoss(inmodal_contrastive_weight=0.5), 9, VIEWS, ""),
     (CyCLIPLoss(inmodal_contrastive_weight=0.5), 9, {}, "inmodal_contrastive_weight has no effect"),
     (CyCLIPLoss(), 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 8, {"negative_image_features": "long"}, LENGTHS),
     (CyCLIPLoss(), 8, {"negative_text_features": "long"}, LENGTHS),
     (CyclicPenalty(), 8, {"image_features": "long"}, LENGTHS),
     (WithCyclicPenalty(PlainClip()), 8, {"text_features": "long"}, LENGTHS),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),  # ln 100
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(5.0)}, ""),
     (contrastive_logsumexp, 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),
-    (contrastive_logsumexp, 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[0.94, 0, 0, 0]])}, "from 0.94 to 1"),
-    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[1.04, 0, 0, 0]])}, ""),
-    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[1.06, 0, 0, 0]])}, "from 1 to 1.06"),
     (CyCLIPLoss(), 8, {"image_features": torch.full((8, 4), torch.nan)}, ""),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, f"{SCALE} nan"),
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(0.0)}, f"{SCALE} 0"),
 ]
 
 
@@ -89,7 +65,7 @@ def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected:
     if type(module) is not CyclicPenalty:
         given["logit_scale"] = 20.0
     for name, value in changes.items():
-        given[name] = {"long": long, None: text}.get(value) if value in ("long", None) else value
+        given[name] = long if isinstance(value, str) else value
     found = messages(lambda: module(**given))
     assert len(found) == bool(expected), found
     assert all(expected in message for message in found), found
@@ -122,12 +98,3 @@ def test_nothing_is_checked_while_a_cuda_graph_is_captured(monkeypatch) -> None:
         capturing.setattr(checks, "is_capturing", lambda features: True)
         assert messages(call) == []
     assert len(messages(call)) == 1
-
-
-def test_the_debug_log_shows_the_plan_of_each_call(caplog) -> None:
-    caplog.set_level(logging.DEBUG, "cyclip_loss")
-    for features in (ROWS, ROWS[:, :1]):
-        CyCLIPLoss()(features, features, 10.0)
-    first, second = caplog.messages
-    assert re.match(r"4 pairs in all, D = 4: .*dense", first)
-    assert re.match(r"4 pairs in all, D = 1: .*streamed", second)

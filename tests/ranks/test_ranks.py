@@ -1,7 +1,6 @@
 """Ranks compute the loss and gradients that one process computes for the whole batch."""
 
 from contextlib import closing
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -23,9 +22,7 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
 @WORLD_SIZES
 @examples(2)
 @given(data=st.data())
-def test_eager_engine_is_accurate_across_ranks(
-    data: st.DataObject, world_size: int, ranks: Ranks
-) -> None:
+def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
     check_ranks(data.draw(rank_cases(world_size, "eager")), ranks)
 
 
@@ -33,35 +30,17 @@ def test_eager_engine_is_accurate_across_ranks(
 @WORLD_SIZES
 @examples(0.5)
 @given(data=st.data())
-def test_kernels_are_accurate_across_ranks(
-    data: st.DataObject, world_size: int, ranks: Ranks
-) -> None:
+def test_kernels_are_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
 
 
-@DIST_IMPLS
-@pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps", "one way"])
-def test_all_options_together_are_accurate(
-    function: str, impl: str, dist_impl: str, ranks: Ranks
-) -> None:
-    """Each rank's rows, and the columns, need several tiles. A rank without rows comes last."""
-    options = {"function": function, "impl": impl, "dist_impl": dist_impl, "d": 7}
-    options |= {"dtype": torch.float32, "lambdas": (0.5, 0.25), "views": True}
-    case = RankCase(rows_per_rank=(40, 40), distinct_ids=4, negatives=(9, 3), **options)
-    check_ranks(case, ranks)
-    uneven = {"rows_per_rank": (5, 0, 40), "strip_rows": 7, "uneven": True}
-    check_ranks(replace(case, same_ids="positives", seed=1, **uneven), ranks)
-
-
 @pytest.mark.gpu
-def test_two_ranks_that_share_a_gpu_are_accurate(impl: str) -> None:
+def test_two_ranks_that_share_a_gpu_are_accurate(impl) -> None:
     """Over gloo, whose collectives accept GPU tensors; NCCL needs a GPU for each rank."""
-    dtypes, both_lambdas = (torch.float32, torch.bfloat16), ((0.0, 0.0), (0.5, 0.125))
     with closing(Ranks("gloo", "cuda:0")) as sharing:
-        for dtype, lambdas, n in product(dtypes, both_lambdas, (130, 150)):
-            options = {"dtype": dtype, "impl": impl, "lambdas": lambdas}
-            case = RankCase(d=40, rows_per_rank=(n, 150), uneven=n < 150, **options)
-            check_ranks(case, sharing)
+        for dtype, n in product((torch.float32, torch.bfloat16), (130, 150)):
+            options = {"dtype": dtype, "impl": impl, "lambdas": (0.5, 0.125), "uneven": n < 150}
+            check_ranks(RankCase(d=40, rows_per_rank=(n, 150), **options), sharing)
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[Tensor]:
@@ -78,7 +57,7 @@ def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> 
 @DIST_IMPLS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_bad_value_on_one_rank_gives_no_finite_loss_on_any(
-    dist_impl: str, bad: float, ranks: Ranks
+    dist_impl: str, bad: float, ranks
 ) -> None:
     for terms in ranks.run(3, with_a_bad_value, bad, dist_impl):
         assert not torch.stack(terms).isfinite().any(), terms
@@ -92,9 +71,9 @@ def measure(rank: int, world_size: int, case: RankCase) -> dict[str, Tensor]:
     return consistency_metrics(image, text, distributed=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows_per_rank", [(4, 4), (4, 0, 7), (0, 1, 0)], ids=str)
-def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks: Ranks) -> None:
+def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks) -> None:
     case = RankCase(rows_per_rank=rows_per_rank, dtype=dtype)
     whole = consistency_metrics(*case.inputs("cpu")[:2])
     close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}

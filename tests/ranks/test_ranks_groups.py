@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import results
-from pool import Ranks, own_device
+from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -61,9 +61,7 @@ def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[T
 
 @DIST_IMPLS
 @pytest.mark.parametrize("uneven", [False, True])
-def test_each_subgroup_has_the_loss_of_its_own_batch(
-    dist_impl: str, uneven: bool, ranks: Ranks
-) -> None:
+def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl: str, uneven: bool, ranks) -> None:
     found = ranks.run(4, in_subgroups, {"dist_impl": dist_impl, "uneven": uneven})
     for group in (0, 1):
         case = subgroup_case(group, uneven)
@@ -74,7 +72,7 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
-    """The errors for wrong process groups, and for wrong `rank` and `world_size`."""
+    """The errors for wrong process groups, and for a wrong `world_size`."""
     features = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
     modules = [
@@ -86,27 +84,27 @@ def refusals(rank: int, world_size: int) -> list[str]:
     for module in modules:
         with pytest.raises((TypeError, ValueError)) as error:
             module(features, features, 10.0)
-        messages.append(f"{type(error.value).__name__}: {error.value}")
+        messages.append(str(error.value))
     # Some trainers pass world_size=0 if there is one process.
     CyCLIPLoss(rank=0, world_size=0)(features, features, 10.0)
     return messages
 
 
-def test_wrong_groups_and_ranks_are_refused_without_communication(ranks: Ranks) -> None:
+def test_wrong_groups_and_ranks_are_refused_without_communication(ranks) -> None:
     """A rank raises its error even if the other ranks do nothing."""
     inside, _, outside = ranks.run(3, refusals)
     for not_a_group, not_stored, _ in (inside, outside):
-        assert not_a_group.startswith("TypeError: process_group must be a ProcessGroup")
+        assert not_a_group.startswith("process_group must be a ProcessGroup")
         assert "process_group" in not_stored
     assert "world_size=3 were given, but this process is rank 0 of 2" in inside[2]
-    assert outside[2] == "ValueError: process_group does not contain this process, rank 2"
+    assert outside[2] == "process_group does not contain this process, rank 2"
 
 
 def stored(rank: int, world_size: int) -> bytes:
     return pickle.dumps(CyCLIPLoss(process_group=dist.new_group([0, 1])))
 
 
-def test_a_stored_loss_of_a_group_works_in_one_process(ranks: Ranks) -> None:
+def test_a_stored_loss_of_a_group_works_in_one_process(ranks) -> None:
     loss, _ = map(pickle.loads, ranks.run(2, stored))
     inputs = RankCase().rank_inputs(0)
     torch.testing.assert_close(loss(*inputs), CyCLIPLoss()(*inputs), rtol=0, atol=0)
@@ -122,6 +120,6 @@ def alone(rank: int, world_size: int) -> list[Any]:
     return [*total(inputs, 1.0, **options), loss, consistency_metrics(*inputs[:2])]
 
 
-def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks: Ranks) -> None:
+def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks) -> None:
     found, _ = ranks.run(2, alone)
     torch.testing.assert_close(found, alone(0, 1), rtol=0, atol=0)

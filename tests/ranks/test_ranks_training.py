@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import graphs
 from inputs import normal
-from pool import Ranks, own_device
+from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -56,7 +56,7 @@ def gradients(
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("rows_per_rank", [(6, 6), (5, 6, 7)], ids=str)
 def test_every_parameter_has_the_gradient_of_one_process(
-    rows_per_rank: tuple[int, ...], wrapper: str, dist_impl: str, ranks: Ranks
+    rows_per_rank: tuple[int, ...], wrapper: str, dist_impl: str, ranks
 ) -> None:
     """The loss takes each micro-batch by itself. The last one synchronises the gradients."""
     expected = gradients(0, 1, (sum(rows_per_rank),))
@@ -68,7 +68,7 @@ def test_every_parameter_has_the_gradient_of_one_process(
 
 @DIST_IMPLS
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_are_accurate(function: str, dist_impl: str, ranks: Ranks) -> None:
+def test_compiled_ranks_are_accurate(function: str, dist_impl: str, ranks) -> None:
     options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
     check_ranks(RankCase(distinct_ids=3, negatives=(4, None), views=True, **options), ranks)
 
@@ -86,19 +86,15 @@ def rank_graphs(
     ("dist_impl", "uneven"),
     [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
-def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
+def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks) -> None:
     """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
 
     With uneven rows there are several graphs. Ranks that have seen different numbers of rows may
     have different graphs. If the graph decided what is sent, the last step would crash.
     """
     # Equal lambdas need no Gram matrix C, so they have a graph of their own.
-    steps = [
-        ((4, 4), (0.3, 0.2)),
-        ((7, 7), (1.3, 2.2)),
-        ((9, 9), (2.3, 4.2)),
-        *(((n, n), (x, x)) for n, x in ((4, 0.3), (5, 0.4), (6, 0.5))),
-    ]
+    lambdas = [(0.3, 0.2), (1.3, 2.2), (2.3, 4.2), *((x, x) for x in (0.3, 0.4, 0.5))]
+    steps = [((n, n), x) for n, x in zip((4, 7, 9, 4, 5, 6), lambdas, strict=True)]
     if uneven:
         steps = [(rows, (0.3, 0.2)) for rows in ((4, 4), (4, 3), (1, 5), (0, 2))]
     for counts in ranks.run(2, rank_graphs, steps, dist_impl, uneven):

@@ -1,13 +1,14 @@
-"""A tiny CLIP model, and miniature data sets in the layouts that `evaluate` reads."""
+"""A tiny CLIP model, and miniature data sets in the layouts that the commands read."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from tars import png, write_tar
 
 TINY = {
     "embed_dim": 16,
@@ -33,10 +34,21 @@ def write_run(folder: Path) -> Path:
     return run
 
 
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
 def picture(number: int) -> bytes:
     """A PNG of noise."""
-    rng = np.random.default_rng(number)
-    return png(Image.fromarray(rng.integers(rng.integers(250), 256, (24, 20, 3), np.uint8)))
+    rng, buffer = np.random.default_rng(number), io.BytesIO()
+    noise = rng.integers(rng.integers(250), 256, (24, 20, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def labelled(count: int, classes: int) -> Samples:
@@ -48,6 +60,24 @@ def write_samples(path: Path, samples: Samples) -> None:
     """A tar file of samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tar(path, {f"{path.stem}s{i:04}.{e}": s[e] for i, s in enumerate(samples) for e in s})
+
+
+def make_shards(folder: Path) -> Path:
+    """Shards of 8 pairs: a picture of noise, and a caption with its number."""
+    names = [*(f"train-{number:05d}.tar" for number in range(4)), "val-00000.tar"]
+    for name in names:
+        pairs = [{"png": picture(i), "txt": f"{name} {i}".encode()} for i in range(8)]
+        write_samples(folder / name, pairs)
+    (folder / "sizes.json").write_text(json.dumps(dict.fromkeys(names, 8)))
+    return folder
+
+
+def break_picture(shard: Path) -> None:
+    """Overwrites the header of a shard's first picture."""
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"PNG")
+    content[start : start + 8] = bytes(8)
+    shard.write_bytes(content)
 
 
 def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:

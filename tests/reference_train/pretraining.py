@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tars import make_shards
+from miniature import make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.pretrain import patches, views
@@ -18,13 +18,13 @@ from reference_train.pretrain import pretrain as command
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path) -> Path:
     """A folder of four shards to train on and one held-out shard, 8 pairs in each."""
     return make_shards(tmp_path / "data")
 
 
 @pytest.fixture
-def dry_run(data: Path, tmp_path: Path, capsys, monkeypatch) -> Callable[..., Namespace | None]:
+def dry_run(data, tmp_path, capsys, monkeypatch) -> Callable[..., Namespace | None]:
     """The arguments, as OpenCLIP and the launcher parse the command of `pretrain --dry-run`.
 
     None if it prints no command.
@@ -47,7 +47,7 @@ def dry_run(data: Path, tmp_path: Path, capsys, monkeypatch) -> Callable[..., Na
 
 
 @pytest.fixture
-def pretrain(data: Path, tmp_path: Path) -> Callable[..., None]:
+def pretrain(data, tmp_path) -> Callable[..., None]:
     """Trains `tmp_path` / "run" for an epoch, and undoes what that changes in this process.
 
     flags: OpenCLIP's flags. ours: the flags of `pretrain`. pairs: in an epoch.

@@ -43,7 +43,7 @@ def emoji():
             code=f"{c:04X}",
             name=f"thing {c}",
             keywords=(f"word {c}", "common"),
-            group="things & matters" if c % 2 else "others",
+            group=f"group {c % 2}",
             subgroup=f"kind {c % 4}",
             split="train" if c < 16 else "validation" if c < 20 else "test",
         )
@@ -78,10 +78,9 @@ def finished(emoji, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> None:
+def test_a_folder_has_the_results_and_the_steps_of_every_run(finished) -> None:
     result = read_evaluation(finished)
     assert list(result["results"]) == ["clip-0", "clip-1", "siglip-0", "cyclip-0"]
-    assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
         for line in steps:
@@ -91,7 +90,7 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> 
     assert "| CLIP (2) | CyCLIP | SigLIP | chance | n |" in (finished / "table.md").read_text()
 
 
-def test_a_folder_of_other_settings_or_another_command_is_refused(finished: Path) -> None:
+def test_a_folder_of_other_settings_or_another_command_is_refused(finished) -> None:
     with pytest.raises(UsageError, match="steps = 5, not 1500: choose another"):
         demonstrate(f"--preset long --loss i-cyclip --out {finished}")
     refused = pytest.raises(UsageError, match="another process is using it: choose another")
@@ -152,7 +151,7 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
     emoji, name: str, styles: tuple[str, ...]
 ) -> None:
     data, held_out = demonstration.open_dataset(emoji, name), name.startswith("new concepts")
-    names, subgroups, groups = data.classes.values()
+    names = data.classes[""]
     reds, greens, _ = data.images.places[:, :, 0, 0].T.tolist()
     concepts = [red // 10 for red in reds]
     assert [names.names[label] for label in names.labels] == [f"thing {c}" for c in concepts]
@@ -163,14 +162,12 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
     assert len(names.names) == (4 if held_out else 16)
     images, labels = data.train
     trained = images.places[:, 0, 0, 0] // 10
-    expected = {"subgroup": trained % 4, "group": trained % 2} | ({} if held_out else {"": trained})
-    torch.testing.assert_close(labels, {x: y.long() for x, y in expected.items()})
-    assert subgroups.names == [f"kind {number}" for number in range(4)]
-    assert groups.names == ["others", "things and matters"]
+    assert torch.equal(labels["subgroup"], trained.long() % 4)
+    assert ("" in labels) != held_out
 
 
 def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
-    finished: Path, tmp_path: Path, monkeypatch, capsys
+    finished, tmp_path, monkeypatch, capsys
 ) -> None:
     """It is interrupted in the second run. The same seeds give the same bits again."""
     augmented = []
@@ -194,7 +191,7 @@ def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
 
 
 def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
-    finished: Path, emoji, tmp_path: Path, monkeypatch
+    finished, emoji, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(evaluate, "read_emoji", lambda: emoji)
     runs, name = ("clip-0", "siglip-0"), "new concepts, new styles"
@@ -202,13 +199,12 @@ def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
     demonstrate(f"evaluate {folders} --only '{name}' --out {tmp_path}")
     evaluated, trained = (read_evaluation(folder) for folder in (tmp_path, finished))
     for run in runs:
-        for metric in ("alignment", "image_uniformity", "text_uniformity"):
-            numbers = [x["results"][run][name]["numbers"][metric] for x in (evaluated, trained)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=0.01)
+        found, expected = (x["results"][run][name]["numbers"] for x in (evaluated, trained))
+        assert found["alignment"] == pytest.approx(expected["alignment"], rel=0.01)
         assert evaluated["checkpoints"][run]["loss"] == run.removesuffix("-0")
 
 
-def test_a_nan_loss_ends_the_run(emoji, tmp_path: Path, monkeypatch) -> None:
+def test_a_nan_loss_ends_the_run(emoji, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFailed, match="clip-0: the loss is nan, at step"):

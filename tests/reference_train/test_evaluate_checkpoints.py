@@ -32,9 +32,7 @@ def run_folder(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"))
 
 
-def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, monkeypatch) -> None:
     checkpoints = tmp_path / "a" / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints.parent / "params.txt").write_text("model: RN50\n")
@@ -48,31 +46,25 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(
     assert [checkpoint.title for checkpoint in found] == [str(path) for path in paths]
     monkeypatch.chdir(checkpoints)
     assert [c.title for c in find_checkpoints([Path("best.pt")], None, None)] == ["run"]
-    [of_a_tag, on_a_hub] = [
-        find_checkpoints([], model, tag)[0]
-        for model, tag in (("RN50", "openai"), ("hf-hub:a/b", None))
-    ]
-    assert (of_a_tag.title, of_a_tag.tag, on_a_hub.title) == ("RN50 openai", "openai", "hf-hub:a/b")
+    [of_a_tag] = find_checkpoints([], "RN50", "openai")
+    assert (of_a_tag.title, of_a_tag.tag) == ("RN50 openai", "openai")
 
 
 @pytest.mark.parametrize(
     ("changes", "loss"),
     [
         ({"views": "own"}, "cyclip-views"),
-        ({"views": None}, "cyclip"),
         ({"lambda_inmodal": 0.0}, "c-cyclip"),
         ({"siglip": True}, "cysiglip"),
-        ({"siglip": True, "lambda_crossmodal": 0.0}, None),
     ],
 )
 def test_the_settings_of_a_run_decide_its_loss(changes: dict[str, Any], loss: str | None) -> None:
     parameters = {"seed": 3, "lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **changes}
     assert describe_run("clip", parameters) == {"loss": loss, "seed": 3}
     assert describe_run("i-cyclip", {}) == {"loss": "i-cyclip", "seed": None}
-    assert describe_run("x-i-cyclip", {})["loss"] is None
 
 
-def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_path: Path) -> None:
+def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_path) -> None:
     """Here in a safetensors file, with nine tokens."""
     model = open_clip.create_model(
         "evaluate-tiny", load_weights=False, init_logit_bias=-10, force_context_length=9
@@ -114,12 +106,12 @@ def save(path: Path, by_name: bool) -> Path:
 
 
 @pytest.fixture(scope="module")
-def released(run_folder: Path, tmp_path_factory) -> Path:
+def released(run_folder, tmp_path_factory) -> Path:
     """cyclip.pt/best.pt of the authors."""
     return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt", by_name=True)
 
 
-def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released: Path, tmp_path) -> None:
+def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released, tmp_path) -> None:
     """OpenCLIP's own loads with any model, and so does one with its run's params.txt beside it."""
     [found] = find_checkpoints([released], QUICK, None)
     assert (found.title, load(found, CPU).epoch) == ("cyclip", 3)
@@ -136,9 +128,7 @@ def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released: Path, t
         assert load(found, CPU).epoch == 3
 
 
-def test_weights_saved_as_the_page_says_load_in_openclip(
-    released: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_weights_saved_as_the_page_says_load_in_openclip(released, tmp_path, monkeypatch) -> None:
     """The block under "What cannot be continued" reads the file without running code in it."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(released.parent, tmp_path / released.parent.name)
@@ -164,7 +154,7 @@ NEW, OLD = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscala
     ],
 )
 def test_checkpoints_may_hold_scalars_of_old_and_new_numpy_and_no_other_objects(
-    constructor: bytes, loads: bool, released: Path, tmp_path: Path
+    constructor: bytes, loads: bool, released, tmp_path
 ) -> None:
     """NumPy 1 called the constructor numpy.core.multiarray.scalar."""
     file = tmp_path / "changed.pt"

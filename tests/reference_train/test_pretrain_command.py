@@ -2,10 +2,9 @@
 
 import json
 from itertools import product
-from pathlib import Path
 
 import pytest
-from tars import write_tar
+from miniature import write_tar
 from webdataset.shardlists import expand_urls
 
 from reference_train.command_line import UsageError
@@ -26,9 +25,7 @@ LAMBDAS = {"clip": (0, 0), "cyclip": (1, 1), "c-cyclip": (0, 1), "i-cyclip": (1,
 LAMBDAS |= {"siglip": (0, 0), "cysiglip": (1, 1), "c-cysiglip": (0, 1)}
 
 
-def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(
-    data: Path, dry_run
-) -> None:
+def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data, dry_run) -> None:
     """SigLIP's λ is a quarter of the weight that its record shows to harm, and half as strong."""
     assert LAMBDAS.keys() == {name for name, loss in LOSSES.items() if not loss.views}
     for preset, loss in [*product(BATCH_SIZES, ["clip"]), *product(["modern"], LAMBDAS)]:
@@ -71,22 +68,19 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--data s3://b/{0..2}.tar", r"is not known .* add it after --, e\.g\. -- --train-num"),
         ("--batch-size 9", "hold 8 pairs and its batch is 9: take fewer --workers .now 4., a"),
         ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take"),
-        ("--lambda-inmodal nan", "--lambda-inmodal must be finite and >= 0"),
         ("--dry 3", "--dry: OpenCLIP's own flags go after --"),  # no abbreviation of --dry-run
-        ("--loss geometric", "--loss: invalid choice: 'geometric'"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("--views -- --dataset-type csv", r"python -m [\w.]+\.views --views takes"),
         ("--preset paper --views own", "--views own: .* both views would be equal; take"),
         ("--views -- --same-captions ignored", "--same-captions can't be combined with --views"),
         ("--views -- --distill-model RN50", "--distill-model can't be combined with --views"),
         ("--views --siglip", "--siglip can't be combined with --views"),
-        ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("WORLD_SIZE=2 --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
         ("WORLD_SIZE=2 -- --workers 2", "OpenCLIP 3 can't train with several ranks"),
     ],
 )
 def test_pretrain_refuses_before_any_work(
-    change: str, message: str, dry_run, no_gpu, tmp_path: Path, monkeypatch
+    change: str, message: str, dry_run, no_gpu, tmp_path, monkeypatch
 ) -> None:
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -97,7 +91,7 @@ def test_pretrain_refuses_before_any_work(
 
 
 def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_folder(
-    data: Path, tmp_path: Path, dry_run
+    data, tmp_path, dry_run
 ) -> None:
     """Without such a file, OpenCLIP reads a file __len__."""
     folder = tmp_path / "img2dataset"
@@ -116,10 +110,6 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
         dry_run(f"--data {data}/{tars}::{folder}/{tars}").train_num_samples
         == 4 * 8 + 9 + 10 + 11 + 8
     )
-    (folder / "sizes.json").write_text("[]")
-    (folder / "train-00002_stats.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"00002\.tar: its number of pairs can't be read from"):
-        dry_run(f"--data {folder}")
     (data / "sizes.json").unlink()
     (data / "__len__").write_text("32")
     assert dry_run().train_num_samples is None
@@ -128,7 +118,7 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
         dry_run(f"--data {tmp_path}/empty.tar::{data}/train-00000.tar")
 
 
-def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(tmp_path: Path) -> None:
+def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(tmp_path) -> None:
     """Held-out shards are never trained on. Compressed shards are found, too."""
 
     def find(*patterns: str) -> list[str]:

@@ -7,14 +7,13 @@ import os
 import resource
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import webdataset as wds
+from miniature import break_picture
 from open_clip_train.data import tarfile_to_samples_nothrow
-from tars import break_picture
 from torch import Tensor, nn
 
 from reference_train.command_line import RunFailed, UsageError
@@ -25,22 +24,23 @@ from reference_train.pretrain import pretrain as command
 pytest_plugins = ["pretraining"]
 
 
-# The validation's metrics of each epoch, and what the arguments of its run have besides.
-EPOCHS: list[tuple[dict[str, float], dict[str, object]]] = [
-    ({}, {}),  # not validated
-    ({patches.LOSS: 0.1}, {"fsdp": 1}),  # no rank has the whole model
-    ({patches.LOSS: 0.1}, {"save_logs": False}),  # another rank than the first
-    *(({patches.LOSS: loss}, {}) for loss in (math.nan, 3, 1, 2, 0.5)),
+# The validation's loss of each epoch, and what the arguments of its run have besides.
+EPOCHS: list[tuple[float | None, dict[str, object]]] = [
+    (None, {}),  # not validated
+    (0.1, {"fsdp": 1}),  # no rank has the whole model
+    (0.1, {"save_logs": False}),  # another rank than the first
+    *((loss, {}) for loss in (math.nan, 3, 1, 2, 0.5)),
 ]
 
 
-def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
+def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path) -> None:
     """The model is wrapped in DistributedDataParallel, in a task of OpenCLIP 4."""
     kept = []
     for epoch, (loss, changes) in enumerate(EPOCHS):
         model = Namespace(state_dict=lambda epoch=epoch: {"module.weight": epoch})
+        found = {} if loss is None else {patches.LOSS: loss}
+        evaluate = partial(patches.TrainerPatches({}).evaluate, lambda *_, found=found: found)
         given = {"save_logs": True, "checkpoint_path": str(tmp_path), "name": "run", **changes}
-        evaluate = partial(patches.TrainerPatches({}).evaluate, lambda *_, found=loss: found)
         evaluate(Namespace(trainable_module=model), None, epoch, Namespace(**given))
         for file in tmp_path.glob(patches.BEST):
             saved = torch.load(file, weights_only=True)
@@ -48,45 +48,34 @@ def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
     assert kept == [(epoch, "run", {"weight": epoch}) for epoch in (4, 5, 5, 7)]
 
 
-def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path) -> None:
     with pytest.raises(RunFailed, match="the model's weights are not finite: stopped"):
         pretrain("--lr 1e30 --warmup 0", pairs=64)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-@pytest.fixture
-def other_rank(monkeypatch) -> Tensor:
-    """Another rank's number, which `all_reduce` compares or adds."""
-    number = torch.tensor(1)
-
-    def all_reduce(mine: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
-        is_min = op == torch.distributed.ReduceOp.MIN
-        mine.copy_(torch.minimum(mine, number) if is_min else mine + number)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    return number
-
-
-RANKS = {"device": "cpu", "distributed": True}
-
-
-def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(other_rank) -> None:
-    """An overflow leaves running statistics so, even if GradScaler skips the step."""
-    model, args = nn.BatchNorm1d(2), Namespace(**RANKS)
-    model.register_buffer("attn_mask", torch.tensor(-torch.inf))
-    patches.check_finite(model, args)
-    for tensor in (model.running_mean, model.weight.data):
-        before = tensor.clone()
-        tensor[1] = math.nan
-        with pytest.raises(RunFailed, match="the model's weights are not finite"):
+def stops(rank: int, world_size: int) -> list[bool]:
+    """Whether this rank stops, if the first rank has a number that is not finite."""
+    found, args = [], Namespace(device="cpu", distributed=True)
+    for name in ("none", "running_mean", "weight"):
+        model = nn.BatchNorm1d(2)
+        model.register_buffer("attn_mask", torch.tensor(-torch.inf))
+        if rank == 0 and name != "none":
+            model.state_dict()[name][1] = math.nan
+        try:
             patches.check_finite(model, args)
-        tensor.copy_(before)
-    other_rank.fill_(0)
-    with pytest.raises(RunFailed, match="the model's weights are not finite"):
-        patches.check_finite(model, args)
+            found.append(False)
+        except RunFailed:
+            found.append(True)
+    return found
 
 
-def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypatch) -> None:
+def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(ranks) -> None:
+    """An overflow leaves running statistics so, even if GradScaler skips the step."""
+    assert ranks.run(2, stops) == [[False, True, True]] * 2
+
+
+def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path, monkeypatch) -> None:
     seen: list[Any] = []
 
     def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
@@ -111,14 +100,9 @@ def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("filters", [[wds.shuffle(1)], [tarfile_to_samples_nothrow]])
 def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters: list[Any]) -> None:
     """Otherwise nothing would be counted, or the time of day would seed the shuffle."""
-
-    def watch(filters: list[Any], train: bool) -> Any:
-        loader = Namespace(pipeline=[Namespace(dataset=Namespace(pipeline=filters))])
-        return patches.watch(Namespace(dataloader=loader), Namespace(seed=0, rank=0), train)
-
+    loader = Namespace(pipeline=[Namespace(dataset=Namespace(pipeline=filters))])
     with pytest.raises(RunFailed, match="OpenCLIP's data pipeline has a form that"):
-        watch(filters, train=True)
-    watch([wds.tarfile_to_samples(handler=None)], train=False)  # a validation is not shuffled
+        patches.watch(Namespace(dataloader=loader), Namespace(seed=0, rank=0), True)
 
 
 UNKNOWN = "fewer pairs than its batch of 33: it would wait forever; take fewer --workers or a"
@@ -137,7 +121,7 @@ def test_a_worker_without_a_batch_is_an_error(known: bool, message: str, pretrai
 
 
 def test_unreadable_pairs_are_counted_and_the_rest_is_trained_on(
-    pretrain, data: Path, tmp_path: Path, caplog
+    pretrain, data, tmp_path, caplog
 ) -> None:
     _, one, two, three = (data / f"train-{i:05d}.tar" for i in range(4))
     os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
@@ -150,9 +134,7 @@ def test_unreadable_pairs_are_counted_and_the_rest_is_trained_on(
     assert (tmp_path / "run" / "checkpoints" / patches.BEST).exists()
 
 
-def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(
-    pretrain, data: Path, caplog
-) -> None:
+def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(pretrain, data, caplog) -> None:
     break_picture(data / "val-00000.tar")
     with pytest.raises(UsageError, match="--val: 1 unreadable held-out pairs or shards"):
         pretrain("--workers 0")
@@ -160,7 +142,7 @@ def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(
 
 
 def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
-    pretrain, data: Path, tmp_path: Path, monkeypatch, caplog
+    pretrain, data, tmp_path, monkeypatch, caplog
 ) -> None:
     """One pair in the first epoch, all in the second."""
     val, train = data / "val-00000.tar", command.trainer.train_one_epoch
@@ -177,7 +159,7 @@ def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
     assert caplog.text.count("Unreadable held-out pairs or shards: 1; no best") == 2
 
 
-def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path: Path) -> None:
+def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path) -> None:
     """So they are on macOS; from Python 3.14 on, other systems have to send the same objects."""
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
@@ -188,7 +170,7 @@ def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path: Path) -> N
     assert (tmp_path / "run" / "checkpoints" / patches.BEST).exists()
 
 
-def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path) -> None:
     """A limit on the size of files imitates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
@@ -200,7 +182,7 @@ def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["results.jsonl"]
 
 
-def test_only_errors_of_the_writer_are_taken_for_a_full_disk(tmp_path: Path) -> None:
+def test_only_errors_of_the_writer_are_taken_for_a_full_disk(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="CUDA error"), atomic_write(tmp_path / "x"):
         raise RuntimeError("CUDA error: device-side assert")
     with pytest.raises(RunFailed, match="x can't be written: why"), atomic_write(tmp_path / "x"):

@@ -96,7 +96,7 @@ def test_the_printed_module_trains_with_views_if_they_are_asked_for(monkeypatch)
     for flags in (["--help"], [], ["--views", "own"]):
         views.main([*flags, "--epochs", "3"])
     (for_help, _), (without, get_data), (with_views, patched) = runs
-    assert [without, with_views] == [["--epochs", "3"]] * 2
-    assert for_help[0] == "--help"  # which OpenCLIP's parser answers
+    # OpenCLIP's parser answers --help.
+    assert (for_help[0], without, with_views) == ("--help", *[["--epochs", "3"]] * 2)
     assert get_data == "get_data"
     assert patched.func.__self__.how == "own"

@@ -3,7 +3,6 @@
 import math
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,7 +10,6 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from inputs import FEATURES, TERMS
-from pool import Ranks
 
 pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
@@ -45,11 +43,10 @@ def prepared() -> dict[str, Any]:
     }
 
 
-def last_loss_and_scale(locked: bool = False) -> tuple[Tensor, Tensor]:
-    """Those of the ten steps, without a recipe. Locked: only the text tower is trained."""
+def last_loss_and_scale() -> tuple[Tensor, Tensor]:
+    """Those of the ten steps, without a recipe."""
     names = prepared()
     model = names["model"]
-    model.visual.requires_grad_(not locked)
     for images, tokens in names["loader"]:
         names["optimizer"].zero_grad()
         loss = names["loss_fn"](**model(images, tokens))
@@ -64,8 +61,6 @@ TRAINING = [
     ("OpenCLIP's models, your own loop", 0, "open_clip"),
     ("Accelerate", 0, "accelerate"),
     ("Lightning", 0, "lightning"),
-]
-TRAINING += [
     (recipe_cases.LARGE_BATCH, 0, "open_clip"),
     (recipe_cases.LARGE_BATCH, 1, "lightning"),
 ]
@@ -94,8 +89,7 @@ def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
     names = run(recipe_cases.LARGE_BATCH, 3, **prepared())
     model, start = names["model"], prepared()["model"]
     torch.testing.assert_close(model.visual.state_dict(), start.visual.state_dict())
-    found = names["loss"], model.logit_scale.data
-    torch.testing.assert_close(found, last_loss_and_scale(locked=True))
+    assert not torch.equal(model.text_projection, start.text_projection)
 
 
 def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
@@ -171,7 +165,7 @@ def test_lambdas_warm_up_over_the_given_steps() -> None:
         assert (loss_fn.lambda_inmodal, loss_fn.lambda_crossmodal) == (0.25 * share, 0.25 * share)
 
 
-def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks: Ranks) -> None:
+def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks) -> None:
     model, (images, tokens) = tiny_clip().double(), batch()
     CyCLIPLoss()(**model(images.double(), tokens)).backward()
     for found in ranks.run(2, recipe_cases.scale_gradient_on_rank):
@@ -193,7 +187,7 @@ def test_the_checkouts_folder_kernels_imports_nothing() -> None:
     ],
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
-    heading: str, block: int, family: str, tmp_path: Path
+    heading: str, block: int, family: str, tmp_path
 ) -> None:
     """One step of SGD with a learning rate of 1. SigLIP's loss is transformers' own."""
     transformers = pytest.importorskip("transformers")
@@ -235,14 +229,14 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeyp
     )
     columns = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
     loss_fn = CyCLIPLoss(reference_batch_size=128)
-    negatives, ids = columns[2:].flatten(0, 1), torch.tensor([0, 1, 0, 2, 3, 4])
-    found = loss(columns[:2]), loss(columns), loss(columns, ids)
-    for terms, given in zip(
-        found, ((None, None), (negatives, None), (negatives, ids)), strict=True
+    hard, ids = {"negative_text_features": columns[2:].flatten(0, 1)}, torch.arange(6) % 5
+    for arguments, options in (
+        ((columns[:2],), {}),
+        ((columns,), hard),
+        ((columns, ids), hard | {"ids": ids}),
     ):
-        options = dict(zip(("negative_text_features", "ids"), given, strict=True))
         expected = loss_fn(*columns[:2], 20.0, **options)
-        torch.testing.assert_close(sum(terms.values()), expected)
+        torch.testing.assert_close(sum(loss(*arguments).values()), expected)
 
 
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:

@@ -41,19 +41,19 @@ class AudioLoss(nn.Module):
 
 
 @pytest.fixture
-def features(device: torch.device) -> tuple[Tensor, Tensor]:
+def features(device) -> tuple[Tensor, Tensor]:
     return pairs(6, 4, device=device)
 
 
 @pytest.fixture
-def penalties(features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def penalties(features) -> dict[str, Tensor]:
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
 @pytest.mark.parametrize(
     "loss",
-    [SigLipLoss(), CoCaLoss(2.0, 1.0), CoCaLoss(2.0, 0.0), MarginLoss()],
-    ids=["SigLipLoss", "CoCaLoss", "CoCaLoss without contrastive term", "MarginLoss"],
+    [SigLipLoss(), CoCaLoss(2.0, 0.0), MarginLoss()],
+    ids=["SigLipLoss", "CoCaLoss without contrastive term", "MarginLoss"],
 )
 def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
     """A loss returns a scalar, a tuple or a dict."""
@@ -101,14 +101,10 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda loss: {"itc_loss": loss, "accuracy": 0.5}, "the keys ['itc_loss', 'accuracy']"),
         (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
         (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
         (lambda loss: (loss, True), "bool"),
-        (lambda loss: [loss, loss], "list"),
         (lambda loss: {}, "an empty dict"),
-        (lambda loss: (), "an empty tuple"),
-        (lambda loss: loss > 0, "Tensor () of torch.bool on "),
         (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
@@ -120,9 +116,6 @@ def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, 
         wrapped(*features)
 
 
-NOT_TWO = "pass features=, two of these names"
-
-
 @pytest.mark.parametrize(
     ("loss", "names", "message"),
     [
@@ -130,10 +123,8 @@ NOT_TWO = "pass features=, two of these names"
         (torch.compile(SigLipLoss(), backend="eager"), FEATURES, "compile the wrapper"),
         (nn.CrossEntropyLoss(), FEATURES, r"takes \['input', 'target'\], not .*image_features"),
         (SigLipLoss, FEATURES, "loss must be a module"),
-        (SigLipLoss(), None, NOT_TWO),
-        (SigLipLoss(), FEATURES[:1] * 2, NOT_TWO),
-        (SigLipLoss(), ("a", "b", "c"), NOT_TWO),
-        (SigLipLoss(), ([1], [2]), NOT_TWO),
+        (SigLipLoss(), None, "pass features=, two of these names"),
+        (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) -> None:
@@ -144,9 +135,3 @@ def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) 
     wrapped.features = names
     with pytest.raises(TypeError, match=message):
         wrapped(torch.ones(2, 2), torch.ones(2, 2), 10.0)
-
-
-def test_a_callable_must_return_two_features(features) -> None:
-    wrapped = WithCyclicPenalty(ClipLoss(), features=lambda *_: features[:1])
-    with pytest.raises(TypeError, match="the image and the text features, got "):
-        wrapped(*features, 10.0)
