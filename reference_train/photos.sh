@@ -34,13 +34,13 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
 }
 
 # The learning rate was chosen for CLIP in batches of 256, and grows with the square root of their
-# size.
+# size. Batches of 256 have 846 steps. Batches of 1,024 have 144, so λ grows to 28% of its value.
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for setting in clip cyclip quarter growing c-cyclip; do
         pretrain products 256 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 2e-3 \
             --warmup 85
-        pretrain products 1024 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 4e-3 \
-            --warmup 22
+        pretrain products 1024 $setting "$seed" --train-num-samples 36013 --epochs 4 --lr 4e-3 \
+            --warmup 15
     done
     # One caption for each class: most negatives of a batch are false, unless the ids leave them out.
     for setting in clip cyclip quarter growing clip-ids cyclip-ids quarter-ids growing-ids; do
