@@ -14,7 +14,7 @@ from reference_train.demo import demo
     ("arguments", "message"),
     [
         ("--loss coca", "--loss: invalid choice: 'coca'"),
-        ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
+        ("--seeds many", "--seeds: invalid number value: 'many'"),
         ("pretrain", "the following arguments are required: --preset, --data"),
         ("--device cuda:99", "--device: cuda:99"),
         ("--out /dev/null/runs", "can't be written"),
