@@ -79,8 +79,6 @@ def measure_in_turn(
             row["peak MB"] = ranks.largest(measure.allocated_peak(run.device, step)) / 1e6
             if ranks.size() > 1:
                 row |= {"ranks": ranks.size(), "sent MB": ranks.sent_bytes(step) / 1e6}
-            elif run.dry_run or run.device.type == "cuda":
-                row["wall ms"] = 1e3 * measure.wall_seconds(step, 0.2)
             steps[competitor.name] = step
         rows[competitor.name] = row
     min_rounds = plan.min_rounds if is_timed_often else 1
