@@ -34,7 +34,8 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
 }
 
 # The learning rate was chosen for CLIP in batches of 256, and grows with the square root of their
-# size. Batches of 256 have 846 steps. Batches of 1,024 have 144, so λ grows to 28% of its value.
+# size. Batches of 256 take 846 steps, and batches of 1,024 take 144, in which a growing λ reaches
+# 28% of its value.
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for setting in clip cyclip quarter growing c-cyclip; do
         pretrain products 256 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 2e-3 \
