@@ -37,7 +37,9 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
         assert args.train_data == f"{data}/train-{{00000..00003}}.tar"
         assert args.val_data == f"{data}/val-00000.tar"
         assert (args.name, args.seed) == (f"{preset}-{loss}-3", 3)
-        assert args.reference_batch_size == 128
+        is_default = preset != "paper" and "siglip" not in loss
+        assert args.reference_batch_size == (32 if is_default else 128)
+        assert args.lambda_progress == (preset != "paper")
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
     siglip = dry_run("--loss siglip")
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")

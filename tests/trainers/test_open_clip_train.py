@@ -165,7 +165,9 @@ class Other(ClipLoss):
     """A subclass, which CyCLIPLoss must not replace."""
 
 
-OF_128 = {"reference_batch_size": 128}
+OF_32 = {"reference_batch_size": 32}
+PROGRESS = {**OF_32, "lambda_progress": True}
+CONSTANT = ("--no-lambda-progress",)
 RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
 
 
@@ -174,11 +176,12 @@ RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
     ("theirs", "given", "ours"),
     [
         # torchrun allows a "--" before the script's flags.
-        (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **OF_128)),
-        (SigLipLoss(), (*RING, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_128)),
-        (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_128)),
-        (Other(), (), WithCyclicPenalty(Other(), **OF_128)),
-        (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_128)),
+        (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **PROGRESS)),
+        (ClipLoss(), CONSTANT, CyCLIPLoss(**OF_32)),
+        (SigLipLoss(), (*RING, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_32)),
+        (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_32)),
+        (Other(), (), WithCyclicPenalty(Other(), **OF_32)),
+        (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_32)),
         (
             DistillClipLoss(),
             ("--reference-batch-size", "0"),
@@ -289,10 +292,11 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
 @pytest.mark.parametrize(
     ("theirs", "world_size", "given", "warns"),
     [
-        (ClipLoss(), 2, (), False),
-        (ClipLoss(), 3, (), True),
+        (ClipLoss(), 3, (), False),
+        (ClipLoss(), 2, CONSTANT, False),
+        (ClipLoss(), 3, CONSTANT, True),
         (CoCaLoss(2.0, 1.0), 3, (), True),
-        (ClipLoss(), 3, ("--lambda-warmup", "8"), False),
+        (ClipLoss(), 3, (*CONSTANT, "--lambda-warmup", "8"), False),
         (SigLipLoss(), 3, ("--siglip", *ONE), False),
     ],
 )
@@ -310,14 +314,15 @@ def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
 @pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("same", ["ignored", "positives"])
 @pytest.mark.parametrize(
-    ("theirs", "ours", "flags"), [(ClipLoss, CyCLIPLoss, []), (SigLipLoss, CySigLIPLoss, ["--sig"])]
+    ("theirs", "ours", "flags"),
+    [(ClipLoss, CyCLIPLoss, CONSTANT), (SigLipLoss, CySigLIPLoss, ["--sig"])],
 )
 def test_the_loss_gets_ids_of_the_captions(
     theirs, ours, flags, version: str, same: str, monkeypatch
 ) -> None:
     """OpenCLIP itself passes no captions to the loss."""
     trainer = launch(Trainer(theirs(), version), monkeypatch, CAPTIONS, same, *flags)
-    loss_fn = ours(**OF_128, same_ids=same)
+    loss_fn = ours(**OF_32, same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
 
