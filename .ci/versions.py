@@ -1,7 +1,8 @@
 """Test with chosen versions of the dependencies, each set in a virtual environment of its own.
 
-    python .ci/versions.py            `oldest`, `lowest`, and each minor version of PyTorch from
-                                      pyproject.toml's lower bound to the newest on the index
+    python .ci/versions.py            `oldest`, `lowest`, the oldest OpenCLIP, and each minor
+                                      version of PyTorch, from pyproject.toml's lower bound to the
+                                      newest on the index
     python .ci/versions.py 2.11 2.14  these minor versions of PyTorch: loss, kernels, ranks
     python .ci/versions.py oldest     the lower bound: loss, kernels, compiled across ranks
     python .ci/versions.py lowest     the lowest version of every dependency: all tests
@@ -64,7 +65,7 @@ def lower_bound(name: str) -> str:
     """The minor version in `name>=2.8` of what the package or its tests require."""
     files = ("pyproject.toml", "tests/requirements.txt")
     text = "\n".join((ROOT / file).read_text() for file in files)
-    return minor_version(rf'\b{name}( = ")?>=', text)
+    return minor_version(rf'\b{name}(\[\w+\])?( = ")?>=', text)
 
 
 def minor_version(before: str, text: str) -> str:
@@ -87,8 +88,10 @@ def minor_versions() -> list[str]:
             input=requirement,
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
+            check=not found,
         )
+        if answer.returncode:
+            break  # older versions do not run on this Python
         found.insert(0, minor_version("torch==", answer.stdout))
     return found
 
@@ -226,7 +229,8 @@ def main() -> int:
     parser.add_argument("environments", nargs="*", type=environment_name, metavar="environment")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here too")
     arguments = parser.parse_args()
-    names = arguments.environments or [*TESTS, *minor_versions()]
+    open_clip = f"open_clip-{lower_bound('open_clip_torch')}"
+    names = arguments.environments or [*TESTS, open_clip, *minor_versions()]
     rows: list[tuple[str, ...]] = []
     all_passed = True
     try:

@@ -16,7 +16,6 @@ from statistics import quantiles
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 
 # A buffer of this size is overwritten before each timed call, to remove inputs from the L2 cache.
 FLUSH_BYTES = 256 * 10**6
@@ -24,15 +23,6 @@ MAX_ROUNDS = 300
 # Memory that is left to other processes when this process is limited to the available memory.
 RESERVED_BYTES = 10**9
 CONTAINER = Path("/sys/fs/cgroup")  # a container may use memory.max, and uses memory.current
-
-
-def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
-    """The median wall-clock time of a call, repeated for at least `min_seconds`.
-
-    Calls follow each other without waiting for the GPU, as steps of training do.
-    """
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=min_seconds).median
 
 
 def interleaved(

@@ -67,12 +67,12 @@ class Parser(argparse.ArgumentParser):
 def whole_number(minimum: int) -> Callable[[str], int]:
     """The type of an argument that is an integer of at least `minimum`."""
 
-    def parse(text: str) -> int:
-        if text.removeprefix("-").isdecimal() and int(text) >= minimum:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {minimum}, not {text}")
+    def number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be >= {minimum}, not {text}")
+        return int(text)
 
-    return parse
+    return number
 
 
 def add_device(parser: Parser) -> None:

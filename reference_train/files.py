@@ -1,4 +1,4 @@
-"""Writes files and folders whole or not at all, and locks folders."""
+"""Writes files and folders whole or not at all."""
 
 import contextlib
 import os
@@ -6,12 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
-from .command_line import RunFailed, UsageError, first_line
-
-# The workers of a process that was killed hold its lock until they notice, after some seconds.
-PATIENCE = 10.0  # seconds
+from .command_line import RunFailed, UsageError
 
 
 @contextlib.contextmanager
@@ -26,12 +21,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise RunFailed(f"{path} can't be written: {error.strerror or error}") from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # PyTorch's writer, which gives no reason
-            raise
-        raise RunFailed(
-            f"{path} can't be written: is the disk full? {first_line(error)}"
-        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,6 +29,14 @@ def write_text(content: str, path: Path) -> None:
     """Writes a text file whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder (--out) unless it exists. Raises `UsageError` if it can't be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: {path} can't be written: {error}") from error
 
 
 @contextlib.contextmanager
@@ -51,32 +48,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise UsageError(f"--out {path}: already exists")
     parent = path.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UsageError(f"--out: {path} can't be written: {error}") from error
-    with temporary:
-        folder = Path(temporary.name) / path.name
+    make_folder(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
+        folder = Path(temporary) / path.name
         folder.mkdir()
         yield folder
         folder.replace(path)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Creates a folder, and holds its lock until the context or the process ends.
-
-    Raises `UsageError` if another process holds the lock for `PATIENCE` seconds, or the folder
-    can't be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock").acquire(timeout=PATIENCE)
-    except filelock.Timeout as error:
-        why = "another process is using it: choose another --name or --out"
-        raise UsageError(f"{folder}: {why}") from error
-    except OSError as error:
-        raise UsageError(f"--out: {folder} can't be written: {error}") from error
-    with lock:
-        yield

@@ -1,14 +1,11 @@
 """What `pretrain` and `evaluate` share: models, and the files of a run of OpenCLIP's trainer."""
 
 import ast
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import load_file
 
 from .command_line import UsageError
 
@@ -35,24 +32,11 @@ def read_parameters(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Loads a checkpoint to the CPU. Raises `UsageError` if it holds more than plain data."""
     try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        # mmap reads only the tensors that are used. It needs a zip file.
-        mmap = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if isinstance(content, dict):
-            return content
-        raise ValueError(f"a {type(content).__name__}")
+        # mmap reads only the tensors that are used.
+        content: dict[str, Any] = torch.load(path, "cpu", weights_only=True, mmap=True)
+        return content
     except Exception as error:
         # PyTorch raises many types of errors. Some messages advise loading with weights_only=False,
         # which would run code from the file.
         why = f"{path} is cut short, or holds more than weights, and was not loaded"
         raise UsageError(why) from error
-
-
-def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose names lack the prefixes of DDP and torch.compile."""
-    return {
-        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
-        for name, value in state.items()
-    }

@@ -3,10 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -19,15 +16,3 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProces
     options = {"capture_output": True, "text": True, "timeout": 1200.0, "check": False}
     command, environment = [sys.executable, *arguments], os.environ | ENVIRONMENT
     return subprocess.run(command, cwd=cwd, env=environment, **options)
-
-
-@contextmanager
-def held_by_another_process(folder: Path) -> Iterator[None]:
-    """The lock of a folder is held. Another lock object here is as good as another process."""
-    import filelock
-
-    from reference_train import files
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"), patch.object(files, "PATIENCE", 0.1):
-        yield

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import resvg_py
 from PIL import Image
 
 from ..command_line import UsageError, first_line
@@ -224,8 +225,6 @@ def draw(icon: Icon) -> Drawn:
 
 def render(svg: str) -> Image.Image:
     """Renders an SVG document as RGBA, SIZE x SIZE. Raises ValueError if it is not valid SVG."""
-    import resvg_py
-
     # The fonts of a machine must not change a picture. No icon holds text.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")

@@ -10,7 +10,6 @@ It takes about eight minutes to draw the icons of npm's `@iconify/json` (104 MB)
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import random
 import tempfile
@@ -26,13 +25,13 @@ import torch
 import webdataset as wds
 from rich.progress import track
 
-from ..command_line import Parser, RunFailed, first_line, run, whole_number
+from ..command_line import Parser, run, whole_number
 from ..files import new_folder
 from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
 
 SAMPLES_PER_SHARD = 5000
 CHUNK = 64  # icons in a task of the process pool
-PICTURES_OF_A_NAME = 40  # at most, in the training shards
+PICTURES_OF_A_NAME = {"train": 40, "val": 1}  # at most
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,24 +42,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     text = "the file that `npm pack @iconify/json` downloads; default: it is downloaded"
     add("--package", type=Path, metavar="FILE", help=text)
     add("--limit", type=whole_number(1), metavar="N", help="draw N icons, picked at random")
-    add(
-        "--pictures-of-a-name",
-        type=whole_number(0),
-        default=PICTURES_OF_A_NAME,
-        metavar="N",
-        help="train on at most N icons with the same name; default %(default)s; 0: on all",
-    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     """Downloads the package, draws the icons, and writes the shards and the manifest."""
     arguments = parse_arguments(argv)
-    if importlib.util.find_spec("resvg_py") is None:
-        raise RunFailed("resvg_py is not installed: pip install resvg-py")
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
-        archive = arguments.package or download(Path(temporary) / "icons.tgz")
-        built = build(archive, folder, arguments.limit, arguments.pictures_of_a_name)
+        archive = arguments.package or Path(temporary) / "icons.tgz"
+        if not arguments.package:
+            torch.hub.download_url_to_file(URL, str(archive), SHA256)
+        built = build(archive, folder, arguments.limit)
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}
         text = json.dumps({**source, **built}, indent=1, ensure_ascii=False, default=str)
@@ -69,28 +61,16 @@ def main(argv: Sequence[str]) -> None:
     print(f"{arguments.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")
 
 
-def download(file: Path) -> Path:
-    """Downloads the package. Raises `RunFailed` if that fails or the checksum differs."""
-    try:
-        torch.hub.download_url_to_file(URL, str(file), SHA256)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
-        what = f"{URL}: {first_line(error)}"
-        raise RunFailed(f"{what}; --package takes a file that is already on disk") from error
-    return file
-
-
-def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) -> dict[str, Any]:
+def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
     """Writes the shards and sizes.json into `out`. Returns their entries in the manifest.
 
-    limit: how many icons to draw, picked at random; None: all. pictures_of_a_name: how many
-    training icons may have the same name; 0: any number. A held-out name has one icon.
+    limit: how many icons to draw, picked at random; None: all.
     """
     left_out: Counter[str] = Counter()
     sets, icons = read_sets(archive, left_out)
     icons = icons[:limit]
-    max_pictures = {"train": pictures_of_a_name or len(icons), "val": 1}
     # Part -> name -> number of its pictures.
-    names: dict[str, Counter[str]] = {part: Counter() for part in max_pictures}
+    names: dict[str, Counter[str]] = {part: Counter() for part in PICTURES_OF_A_NAME}
     used_icons: Counter[str] = Counter()  # of each set
     sizes: Counter[str] = Counter()  # the number of pairs in each shard
     # mtime=0: every run writes the same bytes. A fractional time would need an extra header.
@@ -102,14 +82,14 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
     ):
         for icon, png in pictures:
             part = "val" if is_held_out(icon.name) else "train"
-            if names[part][icon.name] >= max_pictures[part]:
+            if names[part][icon.name] >= PICTURES_OF_A_NAME[part]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
             names[part][icon.name] += 1
             used_icons[icon.set] += 1
             text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
-            sample: dict[str, Any] = {"__key__": icon.key.replace(".", "_")}
-            sample |= {"png": png, "txt": text}
+            key = icon.key.replace(".", "_")
+            sample: dict[str, Any] = {"__key__": key, "png": png, "txt": text}
             if part == "val":  # training does not read it, and is slower with more files in a tar
                 sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
             shards = train if part == "train" else val
@@ -117,10 +97,15 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
             sizes[Path(shards.fname).name] += 1
     (out / "sizes.json").write_text(json.dumps(sizes))
     return {
-        "pairs": {part: sum(names[part].values()) for part in max_pictures},
+        "pairs": {part: sum(names[part].values()) for part in names},
         "left_out": dict(left_out.most_common()),
         "sets": {
-            prefix: describe(info, used_icons[prefix])
+            prefix: {
+                "title": info["name"],
+                "author": info["author"],
+                "licence": licence(info),
+                "icons": used_icons[prefix],
+            }
             for prefix, info in sets.items()
             if used_icons[prefix]
         },
@@ -169,18 +154,6 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
             # A broken pool ends its futures itself. If they are cancelled too, its threads may
             # wait for ever (Python 3.11).
             pool.shutdown(cancel_futures=not is_broken)
-
-
-def describe(info: dict[str, Any], icons: int) -> dict[str, Any]:
-    """The entry of a set in the manifest. icons: how many of its icons are used."""
-    author = info["author"]
-    return {
-        "title": info["name"],
-        "author": author["name"],
-        "url": author.get("url"),
-        "licence": licence(info),
-        "icons": icons,
-    }
 
 
 if __name__ == "__main__":

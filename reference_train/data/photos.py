@@ -17,7 +17,6 @@ import io
 import json
 import re
 import subprocess
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from rich.progress import track
 from timm.data.imagenet_info import ImageNetInfo
 
 from ..command_line import Parser, RunFailed, first_line, run
+from ..evaluate import paper
 from ..files import new_folder
 
 SAMPLES_PER_SHARD = 5000
@@ -39,22 +39,12 @@ SIZE = 64  # pixels
 PRODUCTS = "aditya-patil-00/Fashion-Recommender"
 TITLES = "animmala3942/FashionProductRecommendationSystem"
 TINY = "seshuad/IMagenet"
+# The commits that are read.
 SOURCES = {
-    PRODUCTS: "product photographs, of Kaggle's Fashion Product Images Small; commit 6e6ee42",
-    TITLES: "their titles and types; commit 91e8036",
-    TINY: "Tiny-ImageNet, a part of ImageNet: for research only; commit 153dbc1",
+    PRODUCTS: "6e6ee42e4add1bb59694215e8070c300465ee523",
+    TITLES: "91e8036739fe4f903aaa4a95009a13d4bc7cb542",
+    TINY: "153dbc161ab7942a12c99515e80ef6454dd06693",
 }
-# By `check`, of these commits.
-CHECKSUMS = {
-    "products/train-%05d.tar": "f5285278a13512a5",
-    "products/test/%d.tar": "49459eb2c86d1648",
-    "products-new-types/test/%d.tar": "6f69bd32983411e0",
-    "tiny-imagenet/train-%05d.tar": "f56aef453b3bffd5",
-    "tiny-imagenet/test/%d.tar": "6725c561337f301d",
-    "tiny-imagenet-new/train/%d.tar": "f821149c4d7111bd",
-    "tiny-imagenet-new/test/%d.tar": "016558443123336d",
-}
-SUPERCLASSES = Path(__file__).parents[1] / "evaluate/imagenet_superclasses.txt"
 
 
 class Photo(NamedTuple):
@@ -70,46 +60,41 @@ Parts = dict[str, list[Photo]]  # by the pattern of the tar files
 
 
 class Repository:
-    """A clone of a repository on GitHub, bare or not. Its newest commit is read."""
+    """A clone of a repository on GitHub, bare or not. The commit in `SOURCES` is read."""
 
     def __init__(self, name: str, clones: Path) -> None:
-        """Clones it into `clones` unless it is there. Raises `RunFailed`."""
-        self.folder = clones / name.split("/")[1]
+        """Clones it into `clones` unless it is there. Raises `RunFailed` without the commit."""
+        self.folder, self.commit = clones / name.split("/")[1], SOURCES[name]
         if not self.folder.exists():
-            url = f"https://github.com/{name}"
-            git("clone", "--depth", "1", "--no-checkout", "--progress", url, self.folder)
+            git("clone", "--bare", "--progress", f"https://github.com/{name}", self.folder)
         # Each entry is "MODE blob NAME\tPATH".
-        entries = self.git("ls-tree", "-r", "-z", "HEAD").decode().split("\0")[:-1]
+        entries = self.git("ls-tree", "-r", "-z", self.commit).decode().split("\0")[:-1]
         self.blobs = {entry.split("\t")[1]: entry.split()[2] for entry in entries}
 
-    def git(self, *arguments: str) -> bytes:
+    def git(self, *arguments: str, stdin: str = "") -> bytes:
         """The output of a git command in this repository."""
-        return git("-C", self.folder, *arguments)
+        return git("-C", self.folder, *arguments, stdin=stdin)
 
     def text(self, path: str) -> str:
         """The content of a file."""
-        return self.git("show", f"HEAD:{path}").decode()
+        return self.git("show", f"{self.commit}:{path}").decode()
 
     def contents(self, blobs: Sequence[str]) -> Iterator[bytes]:
         """The contents of blobs, in their order."""
-        with tempfile.TemporaryFile("w+") as wanted:
-            wanted.write("\n".join(blobs))
-            wanted.seek(0)
-            command = ["git", "-C", str(self.folder), "cat-file", "--batch"]
-            with subprocess.Popen(command, stdin=wanted, stdout=subprocess.PIPE) as process:
-                assert process.stdout is not None
-                for blob in blobs:
-                    size = process.stdout.readline().split()[-1]  # NAME blob SIZE, NAME missing
-                    if not size.isdigit():
-                        raise RunFailed(f"{self.folder}: lacks {blob}: remove it, and clone again")
-                    yield process.stdout.read(int(size))
-                    process.stdout.read(1)
+        output = io.BytesIO(self.git("cat-file", "--batch", stdin="\n".join(blobs)))
+        for _ in blobs:
+            size = output.readline().split()[-1]  # NAME blob SIZE
+            yield output.read(int(size))
+            output.read(1)
 
 
-def git(*arguments: str | Path) -> bytes:
+def git(*arguments: str | Path, stdin: str = "") -> bytes:
     """The output of a git command, whose progress and errors are shown. Raises `RunFailed`."""
+    command = ["git", *arguments]
     try:
-        return subprocess.run(["git", *arguments], check=True, stdout=subprocess.PIPE).stdout
+        return subprocess.run(
+            command, check=True, input=stdin.encode(), stdout=subprocess.PIPE
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise RunFailed(first_line(error)) from error
 
@@ -188,11 +173,7 @@ def tiny_imagenet(repository: Repository) -> Parts:
 
 def class_names(identifiers: Sequence[str]) -> dict[str, str]:
     """The name and the superclass of ImageNet's classes: "n02124075" -> "Egyptian Mau, cat"."""
-    superclass: dict[int, str] = {}
-    text = SUPERCLASSES.read_text(encoding="utf-8")
-    for name, numbers in re.findall(r"^([a-z ]+):(.*)", text, re.MULTILINE):
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
-            superclass |= dict.fromkeys(range(int(first), int(last or first) + 1), name)
+    superclass = paper.imagenet_superclasses()
     index = {x: ImageNetInfo("imagenet-1k").label_names().index(x) for x in identifiers}
     return {x: f"{IMAGENET_CLASSNAMES[i]}, {superclass[i]}" for x, i in index.items()}
 
@@ -219,8 +200,7 @@ def write(pattern: str, photos: list[Photo], repository: Repository, out: Path) 
         folder = shards.parents[1]
         (folder / "classnames.txt").write_text("\n".join(names))
         (folder / "zeroshot_classification_templates.txt").write_text("{c}")
-    captions = len({photo.caption for photo in photos} - {""})
-    return {"photographs": len(photos), "captions": captions, "classes": names}
+    return {"photographs": len(photos), "classes": names}
 
 
 def square_jpeg(content: bytes) -> bytes:
@@ -234,16 +214,6 @@ def square_jpeg(content: bytes) -> bytes:
     file = io.BytesIO()
     square.save(file, "jpeg", quality=90)
     return file.getvalue()
-
-
-def check(parts: Parts, sources: Sequence[str]) -> None:
-    """Raises `RunFailed` if the parts are not those of `CHECKSUMS`."""
-    for part, photos in parts.items():
-        found = hashlib.sha256(repr(sorted(photos)).encode()).hexdigest()[:16]
-        if found != CHECKSUMS.get(part):
-            known = "; ".join(f"https://github.com/{name}: {SOURCES[name]}" for name in sources)
-            why = "a repository has changed, or a clone is not of it"
-            raise RunFailed(f"{part}: checksum {found}, not {CHECKSUMS.get(part)}: {why} ({known})")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -265,7 +235,6 @@ def main(argv: Sequence[str]) -> None:
             (products(pictures, titles), pictures),
             (tiny_imagenet(tiny), tiny),
         ):
-            check(parts, [PRODUCTS, TITLES] if repository is pictures else [TINY])
             for pattern, photos in parts.items():
                 entries[pattern] = write(pattern, photos, repository, out)
         manifest = {"sources": SOURCES, "parts": entries}

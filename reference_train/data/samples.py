@@ -47,8 +47,6 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
                     info = json.loads(sample["json"]) if "json" in sample else {}
                     caption = sample["txt"].decode().strip()
                     yield Sample(sample["__key__"], image, caption, info)
-        except FileNotFoundError as error:
-            raise UsageError(f"no such shard: {shard}") from error
         except READ_ERRORS as error:
             raise UsageError(f"{shard}: can't be read: {first_line(error)}") from error
 

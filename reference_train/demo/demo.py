@@ -13,13 +13,14 @@ from ..command_line import Parser, UsageError, add_device, whole_number
 from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
+from ..evaluate.checkpoints import default_precision
 from ..evaluate.demonstration import DATASETS, open_dataset
 from ..evaluate.metrics import measure
-from ..files import locked, write_text
+from ..files import write_text
 from ..losses import LOSSES, PENALTY_WEIGHT
 from ..runs import PARAMETERS
 from .batches import EmojiBatches
-from .model import MODEL, TINY, build_model, precision
+from .model import MODEL, TINY, build_model
 from .train import REFERENCE_BATCH_SIZE, train
 
 PRESETS = {
@@ -28,12 +29,7 @@ PRESETS = {
 }
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023: at the start of training
 # Settings that an option changes -> the option's word in the names of runs.
-OPTIONS = {
-    "steps": "steps",
-    "batch_size": "batch",
-    "penalty_weight": "lambda",
-    "reference_batch_size": "reference",
-}
+OPTIONS = {"steps": "steps", "batch_size": "batch", "penalty_weight": "lambda"}
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
@@ -60,8 +56,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=whole_number(1), metavar="N", help=text)
     text = f"λ of each penalty that the loss has; default: {PENALTY_WEIGHT}"
     add("--lambda", type=float, metavar="W", dest="penalty_weight", help=text)
-    text = f"the batch size that λ is meant for; default: {REFERENCE_BATCH_SIZE}"
-    add("--reference-batch-size", type=whole_number(1), metavar="N", help=text)
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
@@ -72,12 +66,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Trains what is not trained yet, evaluates it, and writes the table."""
     arguments = parse_arguments(argv)
-    with locked(arguments.out):
-        train_and_evaluate(arguments, argv)
-
-
-def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """What `main` does, with --out locked."""
     out = arguments.out
     given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
     series = "".join(f"{value:g}-{OPTIONS[name]}-" for name, value in given.items())
@@ -90,7 +78,11 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
     command = shlex.join(["python", "-m", "reference_train", *argv])
     # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
-    compared = {**settings, "data": fingerprint(shards), "precision": precision(arguments.device)}
+    compared = {
+        **settings,
+        "data": fingerprint(shards),
+        "precision": default_precision(arguments.device),
+    }
     result = records.start(out, compared, command, arguments.device)
     emoji = read_emoji()
     if settings["batch_size"] > (concepts := len(emoji.in_split("train"))):
@@ -120,7 +112,6 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         trained = train(config, clip, batches, out / name)
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
-        print(f"{name}: evaluates on {len(datasets)} datasets", flush=True)
         result["results"][name] = {
             dataset: measure(clip, data) for dataset, data in datasets.items()
         }

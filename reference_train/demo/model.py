@@ -6,10 +6,9 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms import functional
 
-from ..evaluate.checkpoints import Clip
+from ..evaluate.checkpoints import Clip, default_precision
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 20
 MODEL = "emoji-rn-32"  # its name on OpenCLIP's command line
@@ -24,23 +23,16 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 def normalize(images: Tensor) -> Tensor:
     """images: (N, 3, S, S) float in [0, 1] -> the model's input."""
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=images.device).view(3, 1, 1)
-    return images.sub(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    normalized: Tensor = functional.normalize(images, mean, std)
+    return normalized.contiguous(memory_format=torch.channels_last)
 
 
 def preprocess(image: Any) -> Tensor:
     """A PIL image in RGB -> (3, 32, 32), the model's input."""
-    pixels = pil_to_tensor(image)[None].float().div_(255)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
+    pixels = functional.to_tensor(image)[None]
     # The same resampling as in `augment`.
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-    return normalize(pixels)[0]
-
-
-def precision(device: torch.device) -> str:
-    """The precision of training and evaluation on a device."""
-    return "amp_bf16" if device.type == "cuda" else "fp32"
+    return normalize(functional.resize(pixels, [IMAGE_SIZE, IMAGE_SIZE], antialias=False))[0]
 
 
 def build_model(
@@ -62,5 +54,5 @@ def build_model(
         preprocess,
         open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH),
         device,
-        precision=precision(device),
+        precision=default_precision(device),
     )

@@ -1,10 +1,9 @@
 """Finds checkpoints of OpenCLIP and of the CyCLIP authors' code, loads them, and encodes."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..command_line import RunFailed, UsageError
 from ..losses import LOSSES
-from ..runs import (
-    PARAMETERS,
-    load_checkpoint,
-    read_parameters,
-    register_models,
-    without_wrappers,
-)
+from ..runs import PARAMETERS, read_parameters, register_models
 from .datasets import Images
 
 TEXT_BATCH_SIZE = 1024
@@ -58,16 +51,15 @@ class Checkpoint:
 
     title: str
     model: str  # OpenCLIP's name
-    path: Path | None  # a file; None: the weights come from `tag`
-    tag: str | None = None  # of OpenCLIP's pretrained weights
+    weights: str | None  # a file, or a tag of OpenCLIP's pretrained weights; None: those of `model`
+    written: int = 0  # when the file was written, in ns
     arguments: dict[str, Any] = field(default_factory=dict)  # for OpenCLIP's model
     parameters: dict[str, Any] = field(default_factory=dict)  # the params.txt of its run
 
-    @cached_property
+    @property
     def source(self) -> dict[str, str]:
         """What distinguishes these weights from others."""
-        source = {"model": self.model, "path": str(self.path or self.tag)}
-        return {**source, "written": str(self.path.stat().st_mtime_ns)} if self.path else source
+        return {"model": self.model, "path": str(self.weights), "written": str(self.written)}
 
 
 def find_checkpoints(
@@ -85,14 +77,14 @@ def find_checkpoints(
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
         if titles.count(checkpoint.title) > 1:
-            checkpoint.title = str(checkpoint.path)
+            checkpoint.title = str(checkpoint.weights)
     # The name of a model on a hub ("hf-hub:...") stands for its weights, too.
     is_on_hub = model is not None and ":" in model and not paths
     if pretrained is not None or is_on_hub:
         if model is None:
             raise UsageError("--pretrained needs --model")
         title = model if is_on_hub else f"{model} {pretrained}"
-        found.append(Checkpoint(title, model, None, pretrained))
+        found.append(Checkpoint(title, model, pretrained))
     if not found:
         raise UsageError("no checkpoint: give one, or --model with --pretrained")
     for checkpoint in found:
@@ -142,7 +134,7 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
         title = folder.name
     elif folder.suffix == ".pt":  # the CyCLIP authors released cyclip.pt/best.pt
         title = folder.stem
-    return Checkpoint(title, name, file, arguments=arguments, parameters=parameters)
+    return Checkpoint(title, name, str(file), file.stat().st_mtime_ns, arguments, parameters)
 
 
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +154,11 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     return {"loss": loss, "seed": parameters.get("seed")}
 
 
+def default_precision(device: torch.device) -> str:
+    """The precision of training and evaluation on a device."""
+    return "amp_bf16" if device.type == "cuda" else "fp32"
+
+
 @dataclass
 class Clip:
     """A model in evaluation mode, with its preprocessing, device and precision."""
@@ -174,7 +171,6 @@ class Clip:
     precision: str = "fp32"  # or "amp" (float16) or "amp_bf16"
     batch_size: int = 256
     workers: int = 0
-    epoch: int | None = None
     progress: str = ""  # the text of the progress bar; "": no bar is shown
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -194,19 +190,14 @@ class Clip:
             pin_memory=self.device.type == "cuda",
             collate_fn=partial(read_batch, images, self.preprocess),
         )
-        description, features = f"{self.progress}, {split}", []
-        for pixels in track(loader, description, transient=True, disable=not self.progress):
-            with torch.inference_mode(), self.autocast():
-                features.append(self.model.encode_image(pixels.to(self.device)).float().cpu())
-        return self._finite(torch.cat(features))
+        description, hidden = f"{self.progress}, {split}", not self.progress
+        batches = track(loader, description, transient=True, disable=hidden)
+        return self._encode(self.model.encode_image, batches)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""
-        features = []
-        for tokens in self.tokenizer(texts).split(TEXT_BATCH_SIZE):
-            with torch.inference_mode(), self.autocast():
-                features.append(self.model.encode_text(tokens.to(self.device)).float().cpu())
-        return self._finite(F.normalize(torch.cat(features), dim=-1))
+        batches = self.tokenizer(texts).split(TEXT_BATCH_SIZE)
+        return F.normalize(self._encode(self.model.encode_text, batches), dim=-1)
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
         """(C, D) features of unit length. The feature of a class is the mean over the templates."""
@@ -220,6 +211,14 @@ class Clip:
                 device=self.device,
             )
         return self._finite(weights.T.float().cpu())
+
+    def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
+        """The features of all batches, float32, on the CPU."""
+        features = []
+        for batch in batches:
+            with torch.inference_mode(), self.autocast():
+                features.append(encode(batch.to(self.device)).float().cpu())
+        return self._finite(torch.cat(features))
 
     def _finite(self, features: Tensor) -> Tensor:
         """Returns the features. Raises `RunFailed` if they are not finite."""
@@ -238,56 +237,20 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
 
     settings: `precision`, `batch_size` and `workers` of the `Clip`.
     """
-    name, path = checkpoint.model, checkpoint.path
-    content: dict[str, Any] = {}
-    if path is not None:
-        with torch.serialization.safe_globals(NUMPY_FLOAT64):
-            content = load_checkpoint(path)
-        check_activation(checkpoint, content)
-    level = logging.root.manager.disable
-    # OpenCLIP warns that the model has no weights. They are loaded below.
-    logging.disable(logging.WARNING)
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name,
-            pretrained=checkpoint.tag,
-            load_weights=path is None,
-            pretrained_text=False,
-            device=device,
-            **checkpoint.arguments,
-        )
+        # OpenCLIP loads tensors and plain data only, so nothing in a file is run.
+        with torch.serialization.safe_globals(NUMPY_FLOAT64):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                checkpoint.model,
+                checkpoint.weights,
+                pretrained_text=False,
+                **checkpoint.arguments,
+            )
         context = checkpoint.arguments.get("force_context_length")
-        tokenizer = open_clip.get_tokenizer(name, context_length=context)
-        if path is not None:
-            model.load_state_dict(without_wrappers(content.get("state_dict", content)))
+        tokenizer = open_clip.get_tokenizer(checkpoint.model, context_length=context)
     except Exception as error:  # OpenCLIP and PyTorch raise many types of errors
         message = " ".join(str(error).split())[:300]
-        raise UsageError(f"{path or checkpoint.tag} as {name}: {message}") from error
-    finally:
-        logging.disable(level)
-    model.eval()
-    epoch = content.get("epoch")
-    return Clip(checkpoint.title, model, preprocess, tokenizer, device, epoch=epoch, **settings)
-
-
-def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
-    """Raises `UsageError` if the authors' code wrote the weights, and the model lacks QuickGELU.
-
-    The weights would load without an error, but give other text features. The authors' checkpoints
-    have the same fields as OpenCLIP's, but OpenCLIP applies no weight decay to one-dimensional
-    weights. The authors' code decides by the name of a weight, and so applies weight decay to some
-    batch norms.
-    """
-    name = checkpoint.model
-    if ":" in name or "optimizer" not in content or "model" in checkpoint.parameters:
-        return
-    groups = content["optimizer"]["param_groups"]
-    decaying = sum(len(group["params"]) for group in groups if group["weight_decay"])
-    from_authors = decaying > sum(tensor.ndim > 1 for tensor in content["state_dict"].values())
-    if from_authors and not open_clip.get_model_config(name).get("quick_gelu"):
-        raise UsageError(
-            f"{checkpoint.path}: the CyCLIP authors' code wrote these weights, for QuickGELU; "
-            f"{name} would give other features or not load: pass --model {RELEASED_MODEL} for the "
-            "files that they released, or another model with QuickGELU (if OpenCLIP's trainer "
-            f"wrote the weights, put its {PARAMETERS} beside them)"
-        )
+        raise UsageError(f"{checkpoint.weights} as {checkpoint.model}: {message}") from error
+    return Clip(
+        checkpoint.title, model.eval().to(device), preprocess, tokenizer, device, **settings
+    )

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
@@ -121,7 +122,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
 def recognise(folder: Path) -> tuple[str, Opener] | None:
     """The name of the dataset in a folder, and its opener; None if there is no dataset."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
-    if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
+    if (folder / "test" / "0.tar").is_file():
         return name, partial(open_tars, folder, name)
     if next(folder.glob("val-*.tar"), None) is not None:
         return name, partial(open_icons, folder)
@@ -136,8 +137,7 @@ def open_emoji() -> Dataset:
     """
     shipped = emoji.read_emoji()
     images, concept, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))
-    subgroups = sorted({concept.subgroup for concept in shipped.concepts})
-    subgroup = torch.tensor([subgroups.index(concept.subgroup) for concept in shipped.concepts])
+    subgroups, subgroup = number_words([concept.subgroup for concept in shipped.concepts])
     names = [concept.name for concept in shipped.concepts]
     return Dataset(
         Images(images),
@@ -179,12 +179,7 @@ def open_folders(folder: Path, name: str) -> Dataset:
 
 def class_folders(path: Path) -> tuple[LabelledImages, list[str]]:
     """The images of a folder for each class with their labels, and the names of the folders."""
-    try:
-        found = ImageFolder(path, allow_empty=True)
-    except OSError as error:
-        raise Unusable(f"{path} holds no folders of images, one for each class") from error
-    if not found.samples:
-        raise Unusable(f"{path}: no images")
+    found = ImageFolder(path, allow_empty=True)
     images = Images([Path(file) for file, _ in found.samples])
     return (images, torch.tensor(found.targets)), found.classes
 
@@ -212,7 +207,7 @@ class TarImages(Images):
                             content: Any = tar.extractfile(files[extension])
                             self.samples[-1][extension] = content.read().decode("utf-8").strip()
             except (OSError, tarfile.TarError) as error:
-                raise Unusable(f"{shard}: {getattr(error, 'strerror', None) or error}") from error
+                raise Unusable(f"{shard}: {first_line(error)}") from error
         super().__init__([sample["image"] for sample in self.samples])
 
     def texts(self, extension: str) -> list[str] | None:
@@ -280,11 +275,8 @@ def open_icons(folder: Path) -> Dataset:
     captions, infos = images.texts("txt"), images.texts("json")
     if captions is None or infos is None:
         raise Unusable(f"the samples of {folder}/val-*.tar lack .txt or .json")
-    names = [str(json.loads(info)["name"]) for info in infos]
-    classes = sorted(set(names))
-    number_of = {name: number for number, name in enumerate(classes)}
-    labels = torch.tensor([number_of[name] for name in names])
-    task = Classes(labels, classes, DRAWING_TEMPLATES)
+    names, labels = number_words([json.loads(info)["name"] for info in infos])
+    task = Classes(labels, names, DRAWING_TEMPLATES)
     return Dataset(images, {"": task}, [[caption] for caption in captions])
 
 
@@ -307,7 +299,7 @@ def classification(
     """
     lines = read_lines(folder / "zeroshot_classification_templates.txt")
     templates = [line.replace("{c}", "{}") for line in lines] or paper.TEMPLATES
-    superclass = None
+    superclasses = None
     if paper.SETS.get(name, {}).get("zero_shot"):
         templates, expected = paper.TEMPLATES, paper.SETS[name]["classes"]
         if len(names) != expected:
@@ -315,9 +307,11 @@ def classification(
         if name.startswith("imagenet") and imagenet_numbers is None:
             imagenet_numbers = imagenet_classes(name, names)
     if imagenet_numbers is not None:
-        superclass = paper.imagenet_superclasses()[list(imagenet_numbers)]
+        of_all = paper.imagenet_superclasses()
+        superclasses = [of_all[number] for number in imagenet_numbers]
     elif name == "cifar100":
-        superclass = paper.cifar100_superclasses()
+        superclasses = paper.cifar100_superclasses()
+    superclass = number_words(superclasses)[1] if superclasses else None
     classes = Classes(test[1], names, templates, superclass)
     train_split = None if train is None else (train[0], {"": train[1]})
     return Dataset(test[0], {"": classes}, train=train_split)
@@ -355,6 +349,12 @@ def imagenet_folders(path: Path, folders: Sequence[str]) -> list[int]:
             "number (0 to 999)"
         )
     return [number_of[folder] for folder in folders]
+
+
+def number_words(words: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The distinct words in alphabetical order, and the number of each word among them."""
+    distinct, numbers = np.unique(words, return_inverse=True)
+    return distinct.tolist(), torch.from_numpy(numbers)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from ..data.emoji import (
     Concept,
     EmojiSet,
 )
-from .datasets import Classes, Dataset, Images
+from .datasets import Classes, Dataset, Images, number_words
 
 # Name -> styles, and whether the concepts are held out.
 DATASETS = {
@@ -44,9 +44,8 @@ def open_dataset(emoji: EmojiSet, name: str) -> Dataset:
     # No training image has the name of a held-out concept.
     train_labels = {} if held_out else {"": name_label[train_image_concepts]}
     for kind in ("subgroup", "group"):
-        concept_kinds = [getattr(concept, kind).replace("&", "and") for concept in concepts]
-        names = sorted(set(concept_kinds))
-        label = torch.tensor([names.index(word) for word in concept_kinds])  # concept -> label
+        words = [getattr(concept, kind).replace("&", "and") for concept in concepts]
+        names, label = number_words(words)  # concept -> label
         classes[kind] = Classes(label[image_concepts], names, list(SUBGROUP_TEMPLATES))
         train_labels[kind] = label[train_image_concepts]
     return Dataset(

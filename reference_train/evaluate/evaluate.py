@@ -3,18 +3,21 @@
 import argparse
 import os
 import shlex
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from cyclip_loss.open_clip_train import model_config
-
 from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
 from ..data.emoji import read_emoji
-from ..files import locked
 from . import records, report
-from .checkpoints import RELEASED_MODEL, Checkpoint, describe_run, find_checkpoints, load
+from .checkpoints import (
+    RELEASED_MODEL,
+    Checkpoint,
+    default_precision,
+    describe_run,
+    find_checkpoints,
+    load,
+)
 from .datasets import Dataset, find, open_emoji, open_folders
 from .demonstration import DATASETS, open_dataset
 from .metrics import measure
@@ -52,8 +55,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--only", nargs="+", metavar="NAME", help=text)
     text = "OpenCLIP's name of the model; default: from the run's params.txt; use "
     add("--model", help=f"{text}{RELEASED_MODEL} for checkpoints of the CyCLIP authors")
-    text = "a model configuration of OpenCLIP's, FILE.json, for --model FILE"
-    add("--model-config", type=model_config, metavar="FILE.json", help=text)
     text = "also evaluate OpenCLIP's own weights TAG of --model"
     add("--pretrained", metavar="TAG", help=text)
     text = "also fit a linear probe on the train split, with the authors' recipe"
@@ -66,8 +67,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--workers", type=whole_number(0), default=workers, metavar="N", help=text)
     add("--out", type=Path, default="runs/evaluation", metavar="DIR", help="default %(default)s")
     arguments = parser.parse_args(argv)
-    if arguments.precision is None:
-        arguments.precision = "amp_bf16" if arguments.device.type == "cuda" else "fp32"
+    arguments.precision = arguments.precision or default_precision(arguments.device)
     return arguments
 
 
@@ -90,28 +90,27 @@ def main(argv: Sequence[str]) -> None:
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
     failed: dict[str, str] = {}
-    with locked(arguments.out):
-        result = records.start(arguments.out, settings, command, arguments.device)
-        datasets = open_all(arguments, failed)
-        for name, data in datasets.items():
-            if result["data_sets"].get(name) != (described := records.describe(data)):
-                result["data_sets"][name] = described
-                for results in result["results"].values():
-                    results.pop(name, None)  # of another dataset
-        for checkpoint in checkpoints:
-            title, source = checkpoint.title, checkpoint.source
-            stored = result["checkpoints"].get(title, source)
-            if not records.have_same_weights(stored, source):
-                say(f"{title}: measured again, because its earlier results are of {stored['path']}")
-                del result["results"][title]
-            done = result["results"].get(title, {})
-            if missing := {name: data for name, data in datasets.items() if name not in done}:
-                evaluate(result, checkpoint, missing, arguments, failed)
-        if not any(result["results"].values()):
-            raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
-        result["failed"] = failed
-        records.save(result, arguments.out)
-        report.write(result, arguments.out)
+    result = records.start(arguments.out, settings, command, arguments.device)
+    datasets = open_all(arguments, failed)
+    for name, data in datasets.items():
+        if result["data_sets"].get(name) != (described := records.describe(data)):
+            result["data_sets"][name] = described
+            for results in result["results"].values():
+                results.pop(name, None)  # of another dataset
+    for checkpoint in checkpoints:
+        title, source = checkpoint.title, checkpoint.source
+        stored = result["checkpoints"].get(title, source)
+        if not source.items() <= stored.items():
+            say(f"{title}: measured again, because its earlier results are of other weights")
+            del result["results"][title]
+        done = result["results"].get(title, {})
+        if missing := {name: data for name, data in datasets.items() if name not in done}:
+            evaluate(result, checkpoint, missing, arguments, failed)
+    if not any(result["results"].values()):
+        raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
+    result["failed"] = failed
+    records.save(result, arguments.out)
+    report.write(result, arguments.out)
     if failed:
         raise RunFailed(f"not in the table: {join_reasons(failed)}")
 
@@ -140,16 +139,15 @@ def evaluate(
         failed[title] = str(error)
         return
     run = describe_run(title, checkpoint.parameters)
-    result["checkpoints"][title] = {**checkpoint.source, **run, "epoch": clip.epoch}
+    result["checkpoints"][title] = {**checkpoint.source, **run}
     for name, data in datasets.items():
-        clip.progress, began = f"{title}: {name}", time.perf_counter()
+        clip.progress = f"{title}: {name}"
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
         try:
             measured = measure(clip, data, arguments.linear_probe)
         except Exception as error:  # any error: go on with the next dataset
             failed[f"{name}, {title}"] = last_line(error)
             continue
-        measured["seconds"] = time.perf_counter() - began
         result["results"].setdefault(title, {})[name] = measured
         records.save(result, arguments.out)
 
@@ -157,8 +155,8 @@ def evaluate(
 def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:
     """Opens the datasets that the command asks for.
 
-    Adds to `failed` which cannot be read, and why. Raises `UsageError` if a folder is missing, two
-    datasets have the same name, or none can be opened.
+    Adds to `failed` which cannot be read, and why. Raises `UsageError` if a folder is missing, or
+    two datasets have the same name.
     """
     for path in (*arguments.data, *(path for _, path in arguments.imagefolder)):
         if not path.is_dir():
@@ -178,8 +176,6 @@ def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str,
             datasets[name] = found[name]()
         except Exception as error:  # any error that a damaged dataset causes
             failed[name] = last_line(error)
-    if not datasets:
-        raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
     return datasets
 
 

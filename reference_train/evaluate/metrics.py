@@ -3,7 +3,7 @@
 A new metric is a function of features here, called in `class_numbers`, `retrieval_numbers` or
 `numbers`, and a `Metric` with its title in `report.metrics_of` (of a task) or `report.COMMON`,
 without which the table leaves it out. Evaluations that are resumed do not get it. Features are
-(n, D), float32, on any device. Their rows have unit length, except for the linear probe. Queries
+(n, D), float32, on the CPU. Their rows have unit length, except for the linear probe. Queries
 are compared with the gallery in strips, so that memory stays small.
 """
 
@@ -46,17 +46,11 @@ class Encoded:
     raw_image_features: Tensor  # (n, D), not normalised
     image_features: Tensor  # (n, D)
     class_features: dict[str, Tensor]  # (C, D) by task
-    labels: dict[str, Tensor]  # (n,) by task
     ranked_classes: dict[str, Tensor]  # (n, up to 10) by task, the nearest class first
     group_indices: dict[str, Tensor]  # the images of each group, ascending
     text_features: Tensor  # (m, D), of distinct captions, or of class names
     is_right: Tensor  # (n, m) bool, whether a text belongs to an image
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
-    probe: Numbers = field(default_factory=dict)
-
-    def texts(self) -> Tensor:
-        """A text of each image: (n,)."""
-        return self.is_right.byte().argmax(dim=1)
 
 
 def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, Any]:
@@ -66,9 +60,9 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
 
     Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}}.
     """
-    encoded = encode(clip, data)
+    encoded, probe = encode(clip, data), Numbers()
     if data.train is not None:
-        use_train_split(clip, encoded, linear_probe)
+        probe = use_train_split(clip, encoded, linear_probe)
     elif data.groups and data.classes:
         use_other_groups(encoded)
     groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}
@@ -77,19 +71,17 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
         included = [found for name, found in groups.items() if name not in data.excluded_groups]
         overall = pd.DataFrame(included).dropna(axis="columns").mean().to_dict()
     else:
-        all_images = torch.arange(len(encoded.image_features), device=clip.device)
-        overall = numbers(encoded, all_images) | encoded.probe
+        overall = numbers(encoded, torch.arange(len(data.images))) | probe
     return {"numbers": overall, "groups": groups}
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
     """Encodes the images, the class names and the captions of a dataset."""
-    device = clip.device
-    raw = clip.encode_images(data.images, torch.arange(len(data.images)), "test").to(device)
+    raw = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
     groups = data.groups or []
     image_features = F.normalize(raw, dim=-1)
     class_features = {
-        task: clip.encode_classes(classes.names, classes.templates).to(device)
+        task: clip.encode_classes(classes.names, classes.templates)
         for task, classes in data.classes.items()
     }
     ranked_classes = {
@@ -98,7 +90,7 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
     }
     if data.captions is not None:
         texts = list(dict.fromkeys(text for own in data.captions for text in own))
-        text_features = clip.encode_texts(texts).to(device)
+        text_features = clip.encode_texts(texts)
         index = {text: i for i, text in enumerate(texts)}
         right = [[index[text] for text in own] for own in data.captions]
     else:  # class names take the place of captions
@@ -113,45 +105,43 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         raw_image_features=raw,
         image_features=image_features,
         class_features=class_features,
-        labels={task: classes.labels.to(device) for task, classes in data.classes.items()},
         ranked_classes=ranked_classes,
         group_indices={
-            group: torch.tensor([i for i, other in enumerate(groups) if other == group]).to(device)
+            group: torch.tensor([i for i, other in enumerate(groups) if other == group])
             for group in dict.fromkeys(groups)
         },
         text_features=text_features,
-        is_right=is_right.to(device),
+        is_right=is_right,
     )
 
 
-def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
-    """Encodes the train split. Adds the labels of neighbours and the accuracy of a linear probe.
+def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> Numbers:
+    """Encodes the train split, and adds the labels of neighbours.
 
     Neighbours come from at most `GALLERY` training images. If `linear_probe`, a probe is fitted on
-    all training images.
+    all training images. Returns its accuracy.
     """
     assert encoded.data.train is not None
     images, labels = encoded.data.train
     gallery = sample_indices(len(images), GALLERY)
     wanted = torch.arange(len(images)) if linear_probe else gallery
-    features = clip.encode_images(images, wanted, "train").to(clip.device)
-    labels = {task: label[wanted].to(clip.device) for task, label in labels.items()}
+    features = clip.encode_images(images, wanted, "train")
+    probe = Numbers()
     if linear_probe:
-        encoded.probe["linear_probe"] = fit_linear_probe(
+        classes = encoded.data.classes[""]
+        probe["linear_probe"] = fit_linear_probe(
             features,
             labels[""],
             encoded.raw_image_features,
-            encoded.labels[""],
-            len(encoded.data.classes[""].names),
+            classes.labels,
+            len(classes.names),
         )
-    in_gallery = torch.isin(wanted, gallery).to(clip.device)
-    neighbours = nearest(
-        encoded.image_features,
-        F.normalize(features[in_gallery], dim=-1),
-        max(CONSISTENCY_NEIGHBOURS),
-    )
+        features = features[gallery]
+    features = F.normalize(features, dim=-1)
+    neighbours = nearest(encoded.image_features, features, max(CONSISTENCY_NEIGHBOURS))
     for task, label in labels.items():
-        encoded.neighbour_labels[task] = label[in_gallery][neighbours]
+        encoded.neighbour_labels[task] = label[gallery][neighbours]
+    return probe
 
 
 def use_other_groups(encoded: Encoded) -> None:
@@ -167,8 +157,8 @@ def use_other_groups(encoded: Encoded) -> None:
         gallery = galleries[group]
         found = nearest(encoded.image_features[indices], encoded.image_features[gallery], k)
         neighbours[indices] = gallery[found]
-    for task, labels in encoded.labels.items():
-        encoded.neighbour_labels[task] = labels[neighbours]
+    for task, classes in encoded.data.classes.items():
+        encoded.neighbour_labels[task] = classes.labels[neighbours]
 
 
 def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
@@ -179,8 +169,8 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
         task_numbers = class_numbers(encoded, task, indices)
         found |= {f"{prefix}{name}": value for name, value in task_numbers.items()}
     found |= retrieval_numbers(encoded, indices)
-    sampled = indices[sample_indices(len(indices), PAIRS).to(indices.device)]
-    texts = encoded.texts()[sampled]
+    sampled = indices[sample_indices(len(indices), PAIRS)]
+    texts = encoded.is_right[sampled].byte().argmax(dim=1)  # one for each image
     geometry = consistency_metrics(encoded.image_features[sampled], encoded.text_features[texts])
     # One pair has no uniformity, and two pairs have no correlations.
     return found | {name: float(x) for name, x in geometry.items() if x.isfinite()}
@@ -190,15 +180,11 @@ def class_numbers(encoded: Encoded, task: str, indices: Tensor) -> Numbers:
     """Zero-shot and superclass accuracy, and consistency scores, of these images in one task."""
     classes = encoded.data.classes[task]
     ranked = encoded.ranked_classes[task][indices]
-    labels = encoded.labels[task][indices]
+    labels = classes.labels[indices]
     found = zero_shot(ranked, labels, len(classes.names))
     if classes.superclass is not None:
-        found |= coarse_and_fine(
-            encoded.image_features[indices],
-            encoded.class_features[task],
-            labels,
-            classes.superclass.to(labels.device),
-        )
+        image_features, class_features = encoded.image_features[indices], encoded.class_features
+        found |= coarse_and_fine(image_features, class_features[task], labels, classes.superclass)
     if task in encoded.neighbour_labels:
         neighbours = encoded.neighbour_labels[task][indices]
         found |= consistency(ranked[:, 0], neighbours)
@@ -333,7 +319,7 @@ def consistency(predicted: Tensor, neighbours: Tensor) -> dict[str, float]:
     labels, numbers = neighbours.tolist(), {}
     for k in (k for k in CONSISTENCY_NEIGHBOURS if k <= neighbours.shape[1]):
         votes = torch.tensor([majority(nearest_first[:k]) for nearest_first in labels])
-        numbers[f"consistency_{k}"] = (votes == predicted.cpu()).float().mean().item()
+        numbers[f"consistency_{k}"] = (votes == predicted).float().mean().item()
     return numbers
 
 
@@ -351,12 +337,12 @@ def fit_linear_probe(
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = nn.Linear(features.shape[1], classes).to(features.device)
+        layer = nn.Linear(features.shape[1], classes)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(layer, 0.01), lr=0.005)
     steps = epochs * -(-len(features) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
+        order = torch.randperm(len(features), generator=generator)
         for batch in order.split(128):
             loss = nn.functional.cross_entropy(layer(features[batch]), labels[batch])
             optimizer.zero_grad()

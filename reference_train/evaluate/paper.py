@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
-from torch import Tensor
 
 from ..losses import LOSSES
 
@@ -86,26 +84,25 @@ def published(dataset: str) -> list[Published]:
     ]
 
 
-def imagenet_superclasses() -> Tensor:
-    """The superclass, 0 to 66, of each class of ImageNet: (1000,) int64.
+def imagenet_superclasses() -> list[str]:
+    """The name of the superclass of each class of ImageNet.
 
     Each line of the file is "NAME: NUMBERS", and # begins a comment.
     """
-    superclass = torch.full((1000,), -1)
+    found: dict[int, str] = {}
     text = (FOLDER / "imagenet_superclasses.txt").read_text(encoding="utf-8")
-    for group, numbers in enumerate(re.findall(r"^[^#]*?:([^#\n]*)", text, re.MULTILINE)):
+    for name, numbers in re.findall(r"^([^#:\n]+):([^#\n]*)", text, re.MULTILINE):
         for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
-            superclass[int(first) : int(last or first) + 1] = group
-    return superclass
+            found |= dict.fromkeys(range(int(first), int(last or first) + 1), name)
+    return [found[number] for number in sorted(found)]
 
 
-def cifar100_superclasses() -> Tensor:
-    """The superclass of each class of CIFAR-100, (100,) int64. The classes are in alphabetical
-    order.
+def cifar100_superclasses() -> list[str]:
+    """The superclass of each class of CIFAR-100, which are in alphabetical order.
 
     Each line of the file has the classes of a superclass, from
     https://www.cs.toronto.edu/~kriz/cifar.html.
     """
     lines = (FOLDER / "cifar100_superclasses.txt").read_text(encoding="utf-8").splitlines()
-    superclass = {name: number for number, line in enumerate(lines) for name in line.split()}
-    return torch.tensor([superclass[name] for name in sorted(superclass)])
+    superclass = {name: line for line in lines for name in line.split()}
+    return [superclass[name] for name in sorted(superclass)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..command_line import UsageError
-from ..files import write_text
+from ..files import make_folder, write_text
 from .datasets import Dataset
 
 Result = dict[str, Any]  # what evaluation.json holds
@@ -25,8 +25,9 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
 
     settings: the settings that the numbers depend on.
 
-    Raises `UsageError` if the folder's evaluation has other settings.
+    Raises `UsageError` if the folder's evaluation has other settings, or the folder can't be made.
     """
+    make_folder(out)
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
         for name, wanted in settings.items():
@@ -60,7 +61,7 @@ def read_evaluation(path: Path) -> Result:
 
 def save(result: Result, out: Path) -> None:
     """Writes `evaluation.json` to a folder."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", out / "evaluation.json")
 
 
@@ -79,43 +80,27 @@ def describe(data: Dataset) -> dict[str, Any]:
     }
 
 
-def have_same_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two entries of "checkpoints" are of the same weights.
-
-    A file is known by the time it was written, so it may have been moved.
-    """
-    keys = [(x.get("model"), x.get("written") or x.get("path")) for x in (first, second)]
-    return keys[0] == keys[1]
-
-
 def merge(records: Mapping[str, Result]) -> Result:
     """Merges several evaluations into one.
 
-    records: the evaluations by name. If two evaluations have runs of the same title with other
-    weights or other numbers, the name is added to the title.
+    records: the evaluations by name. If two evaluations have runs of the same title that are of
+    other weights, the name is added to the title.
 
     Raises `UsageError` if evaluations have different datasets under one name.
     """
-    last = list(records.values())[-1]
-    merged: Result = {**last, **{part: {} for part in (*PARTS, "history")}}
-    merged["command"] = "\n".join(result["command"] for result in records.values())
-    for key in ("versions", "device", "settings"):
-        values = [result[key] for result in records.values()]
-        if any(value != values[0] for value in values):
-            merged[key] = values
+    merged: Result = {part: {} for part in PARTS}
+    for key in ("date", "command", "versions", "device", "settings"):
+        merged[key] = [result[key] for result in records.values()]
+    merged["date"], merged["command"] = max(merged["date"]), "\n".join(merged["command"])
     for record, result in records.items():
         for name, data in result["data_sets"].items():
-            earlier = merged["data_sets"].setdefault(name, data)
-            if (earlier["images"], earlier["classes"]) != (data["images"], data["classes"]):
+            if merged["data_sets"].setdefault(name, data) != data:
                 raise UsageError(f"{record}: {name} is another dataset there")
         for run, results in result["results"].items():
-            checkpoint, earlier = result["checkpoints"][run], merged["results"].get(run, {})
-            same = have_same_weights(merged["checkpoints"].get(run, checkpoint), checkpoint)
-            for name in earlier.keys() & results.keys():
-                same &= earlier[name]["numbers"] == results[name]["numbers"]
-            title = run if same else f"{record}-{run}"
+            checkpoint = result["checkpoints"][run]
+            is_same = merged["checkpoints"].get(run, checkpoint) == checkpoint
+            title = run if is_same else f"{record}-{run}"
             merged["results"].setdefault(title, {}).update(results)
             merged["checkpoints"][title] = checkpoint
-            merged["history"][title] = result.get("history", {}).get(run, [])
         merged["failed"] |= result["failed"]
     return merged

@@ -4,7 +4,6 @@
 """
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
@@ -14,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ..command_line import Parser, UsageError
+from ..command_line import Parser
 from ..files import write_text
 from ..losses import LOSSES
 from . import paper
@@ -78,47 +77,36 @@ def metrics_of(data: dict[str, Any]) -> dict[str, Metric]:
     return found | COMMON
 
 
-class Column(NamedTuple):
-    """A column of the table: runs that differ in their seed only."""
+def columns(result: Result) -> dict[str, list[str]]:
+    """The columns of the table, in the order in which runs were first measured: heading -> runs.
 
-    title: str
-    loss: str | None  # a key of LOSSES
-    runs: list[str]  # titles
-
-
-def columns(result: Result) -> list[Column]:
-    """The columns of the table: CLIP, other losses, then runs whose loss is not known.
-
-    Runs are called [SERIES-]LOSS-SEED or SERIES-SEED. Numbers in names are compared by value, so
-    that 64 comes before 512.
+    A column has the runs that differ in their seed only. Runs are called [SERIES-]LOSS-SEED or
+    SERIES-SEED.
     """
-    found: dict[tuple[Any, ...], Column] = {}
-    for title in result["results"]:
-        loss, seed = (result["checkpoints"][title][key] for key in ("loss", "seed"))
-        series = title if seed is None else title.removesuffix(f"-{seed}")
+    found: dict[str, list[str]] = {}
+    for run in result["results"]:
+        loss, seed = (result["checkpoints"][run][key] for key in ("loss", "seed"))
+        title = run if seed is None else run.removesuffix(f"-{seed}")
         if loss is not None:
-            series = series.removesuffix(loss).removesuffix("-")
-        heading = series if loss is None else f"{series} {LOSSES[loss].title}".strip()
-        parts = re.split(r"(\d+(?:\.\d+)?)", series)  # every second one is a number
-        order = [float(part) if i % 2 else part for i, part in enumerate(parts)]
-        sort_key = (loss is None, *order, list(LOSSES).index(loss) if loss else 0)
-        found.setdefault(sort_key, Column(heading, loss, [])).runs.append(title)
-    return [found[sort_key] for sort_key in sorted(found)]
+            series = title.removesuffix(loss).removesuffix("-")
+            title = f"{series} {LOSSES[loss].title}".strip()
+        found.setdefault(title, []).append(run)
+    return {x if len(runs) == 1 else f"{x} ({len(runs)})": runs for x, runs in found.items()}
 
 
 def summarise(result: Result) -> pd.DataFrame:
     """The numbers of an evaluation: mean, lowest, highest and count of the runs of a column.
 
-    The index is the dataset, the group ("" for all images), the metric and the column's title. The
+    The index is the dataset, the group ("" for all images), the metric and the column. The
     bounds of an accuracy of a single run are its 95% interval.
     """
-    cells = ["dataset", "group", "metric", "model"]
+    cells = ["dataset", "group", "metric", "column"]
     metrics = {name: metrics_of(data) for name, data in result["data_sets"].items()}
     values = pd.DataFrame(
         [
-            (name, group, metric, column.title, value)
-            for column in columns(result)
-            for run in column.runs
+            (name, group, metric, column, value)
+            for column, runs in columns(result).items()
+            for run in runs
             for name, measured in result["results"][run].items()
             if name in metrics
             for group, numbers in {"": measured["numbers"], **measured["groups"]}.items()
@@ -242,18 +230,15 @@ def dataset_table(
 ) -> pd.DataFrame:
     """The cells of a dataset's table. The index has the titles of the metrics."""
     data, rows = result["data_sets"][name], {}
-    headings = {
-        column.title: column.title + (f" ({len(column.runs)})" if len(column.runs) > 1 else "")
-        for column in columns(result)
-    }
+    headings = list(columns(result))
     for group in [""] if short else ["", *data["groups"]]:
         for key, metric in metrics_of(data).items():
             if not key.endswith(SHORT_ENDINGS if short else GROUP_ENDINGS if group else ""):
                 continue
             row = {
-                heading: cell(summary.loc[name, group, key, title], metric)
-                for title, heading in headings.items()
-                if (name, group, key, title) in summary.index
+                heading: cell(summary.loc[name, group, key, heading], metric)
+                for heading in headings
+                if (name, group, key, heading) in summary.index
             }
             for found in [found for found in published if not group and found.metric == key]:
                 mark = found.mark + "*" * bool(found.note)
@@ -266,9 +251,8 @@ def dataset_table(
                 row["n"] = f"{num_queries(result, name, key, group):,}"
             rows[f"{group}: {metric.title}" if group else metric.title] = row
     sources = [f"{x}, {found.source}" for found in published for x in found.percent]
-    titles = dict.fromkeys([*headings.values(), *sources, "chance", "n"])
-    cells = [{title: row.get(title, "") for title in titles} for row in rows.values()]
-    return pd.DataFrame(cells, list(rows))
+    titles = dict.fromkeys([*headings, *sources, "chance", "n"])
+    return pd.DataFrame(rows, list(titles)).T.fillna("")
 
 
 def digits(share: float) -> int:
@@ -291,16 +275,14 @@ def cell(bounded: pd.Series, metric: Metric) -> str:
 
 
 def table_of_runs(result: Result) -> pd.DataFrame:
-    """A row for each run: its settings, the values of its last step, and its numbers, as shares.
+    """A row for each run: its settings, and its numbers, as shares.
 
-    The values of the last step are called "last VALUE", and the numbers "DATASET: METRIC" or
-    "DATASET, GROUP: METRIC". The recall is the mean of R@10 in both directions.
+    Numbers are called "DATASET: METRIC" or "DATASET, GROUP: METRIC". The recall is the mean of R@10
+    in both directions.
     """
     rows = []
     for run, measured in result["results"].items():
-        history = result.get("history", {}).get(run) or [{}]
         row = {"run": run, **result["checkpoints"][run]}
-        row |= {f"last {name}": value for name, value in history[-1].items()}
         for name, found in measured.items():
             for group, numbers in {"": found["numbers"], **found["groups"]}.items():
                 prefix = f"{name}, {group}" if group else name
@@ -309,7 +291,7 @@ def table_of_runs(result: Result) -> pd.DataFrame:
                     both = numbers["image_to_text_r10"] + numbers["text_to_image_r10"]
                     row[f"{prefix}: recall"] = both / 2
         rows.append(row)
-    return pd.DataFrame(rows).drop(columns=["path", "written"], errors="ignore")
+    return pd.DataFrame(rows)
 
 
 def write(result: Result, out: Path) -> None:
@@ -326,17 +308,13 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     text = "a folder of evaluate, or an evaluation.json"
     add("evaluations", nargs="+", type=Path, metavar="FOLDER", help=text)
-    add("--out", type=Path, metavar="DIR", help="default: the folder")
+    add("--out", type=Path, metavar="DIR", help="default: the first folder, for its table")
     text = "also write a row for each run: its settings and all its numbers"
     add("--csv", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.evaluations[0]
-    if not arguments.out and (len(arguments.evaluations) > 1 or out.is_file()):
-        raise UsageError("report: --out is needed for several evaluations, or for a file")
-    names = [str(path).removesuffix(".json") for path in arguments.evaluations]
-    result = merge(dict(zip(names, map(read_evaluation, arguments.evaluations), strict=True)))
+    result = merge({str(path): read_evaluation(path) for path in arguments.evaluations})
     if arguments.out:  # else `evaluate` may be adding results to the folder's record
-        save(result, out)
-    write(result, out)
+        save(result, arguments.out)
+    write(result, arguments.out or arguments.evaluations[0])
     if arguments.csv:
         table_of_runs(result).to_csv(arguments.csv, index=False, float_format="%.6g")

@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import random
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ from cyclip_loss.metrics import consistency_metrics
 
 from ..command_line import RunFailed, UsageError
 from ..files import atomic_write
-from ..runs import load_checkpoint, without_wrappers
+from ..runs import load_checkpoint
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
@@ -228,7 +229,11 @@ class TrainerPatches:
             if metrics[LOSS] <= load_best(folder).get(LOSS, math.inf):
                 # OpenCLIP 4 passes a task, which holds the model.
                 inner = getattr(model, "trainable_module", model)
-                state = without_wrappers(inner.state_dict())
+                # Without the prefixes of DDP and torch.compile.
+                state = {
+                    re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
+                    for name, value in inner.state_dict().items()
+                }
                 checkpoint = {"epoch": epoch, "name": args.name, LOSS: metrics[LOSS]}
                 with atomic_write(folder / BEST) as temporary:
                     torch.save({**checkpoint, "state_dict": state}, temporary)

@@ -26,7 +26,6 @@ from cyclip_loss import open_clip_train
 
 from ..command_line import Parser, UsageError, say, whole_number
 from ..data.samples import fingerprint
-from ..files import locked
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
 from ..runs import register_models
 from . import patches, shards, views
@@ -63,17 +62,13 @@ def main(argv: Sequence[str]) -> None:
     check_settings(args)
     folder = Path(args.logs) / args.name
     done = epochs_done(folder, args)
-    # Rank 0 locks the folder for all ranks of a run.
-    lock = locked(folder) if rank == 0 else contextlib.nullcontext()
     if options.dry_run:
-        with lock if folder.exists() else contextlib.nullcontext():
-            return
+        return
     if done < args.epochs:
-        with lock:
-            if options.views:
-                views.ViewPatches(options.views).install(trainer)
-            patches.TrainerPatches(added_settings).install(trainer)
-            train(flags, folder)
+        if options.views:
+            views.ViewPatches(options.views).install(trainer)
+        patches.TrainerPatches(added_settings).install(trainer)
+        train(flags)
     if rank == 0:
         report(folder, args.epochs, was_finished=done >= args.epochs)
 
@@ -86,7 +81,7 @@ def report(folder: Path, epochs: int, was_finished: bool) -> None:
     print(line + ("; nothing left to do" if was_finished else ""))
 
 
-def train(flags: list[str], folder: Path) -> None:
+def train(flags: list[str]) -> None:
     """Runs OpenCLIP's trainer."""
     if not torch.cuda.is_available():
         # For a dozen tokens on a CPU, fused attention is slower than matrix products.
@@ -95,8 +90,6 @@ def train(flags: list[str], folder: Path) -> None:
         trainer.optim.AdamW = partial(torch.optim.AdamW, fused=True)
     # OpenCLIP does not tell wandb that a run is resumed, and wandb would overwrite its record.
     os.environ.setdefault("WANDB_RESUME", "allow")
-    for partial_file in (folder / "checkpoints").glob(".*.pt.*"):  # left by a save that was killed
-        partial_file.unlink(missing_ok=True)
     try:
         open_clip_train.main(flags)
     finally:
@@ -113,8 +106,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
     losses = [name for name, loss in LOSSES.items() if not loss.views]
     add("--loss", choices=losses, default="cyclip", help="default: cyclip")
-    text = "the same as --loss siglip: SigLIP's loss, without penalties"
-    add("--siglip", action="store_const", const="siglip", dest="loss", help=text)
     views.add_flag(parser)
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
     add(
@@ -211,8 +202,6 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> dict[str, str]:
         what = f"--dataset-type {args.dataset_type}: pretrain takes webdataset only"
         other = f"{views.__name__} --views" if args.views else open_clip_train.__name__
         raise UsageError(f"{what}; python -m {other} takes other types")
-    if args.train_num_samples is not None and args.train_num_samples < 1:
-        raise UsageError(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = expand_urls(args.train_data)
     sizes = shards.check("--data", train)
     if args.train_num_samples is None:

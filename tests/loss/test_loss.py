@@ -1,6 +1,7 @@
 """Accuracy of the loss in every dtype, layout and geometry; the definition itself; precision."""
 
 from dataclasses import replace
+from math import log
 
 import pytest
 import rounding
@@ -13,6 +14,7 @@ from inputs import (
     FOR_KERNELS,
     FUNCTIONS,
     INPUTS,
+    TERMS,
     VIEWS,
     Case,
     cases,
@@ -96,6 +98,23 @@ def test_penalties_without_weights_have_a_zero_gradient(impl, device) -> None:
     terms["inmodal_cyclic_loss"].backward()
     assert not image.grad.any()
     assert not text.grad.any()
+
+
+@pytest.mark.parametrize("d", [4, 8])  # with PyTorch, 9 pairs are streamed and dense
+@pytest.mark.parametrize("distance", [1.0, 2.0])
+def test_the_progress_of_clips_loss_multiplies_the_penalties_as_a_constant(
+    d: int, distance: float, impl, device
+) -> None:
+    """Where pairs are far apart, CLIP's loss is above ln N, and the progress is 0."""
+    leaves = Case(9, d, distance=distance).leaves(device)
+    terms = CyCLIPLoss(lambda_progress=True, impl=impl)(*leaves, output_dict=True)
+    plain = CyCLIPLoss(impl=impl)(*leaves, output_dict=True)
+    progress = max(1 - plain["contrastive_loss"].item() / log(9), 0.0)
+    assert 0.1 < progress < 0.9 or (distance, progress) == (2.0, 0.0)
+    expected = {name: x if name == TERMS[0] else progress * x for name, x in plain.items()}
+    torch.testing.assert_close(terms, expected)
+    found, grads = (torch.autograd.grad(sum(x.values()), leaves) for x in (terms, expected))
+    torch.testing.assert_close(found, grads)
 
 
 def test_ids_of_each_integer_dtype_give_the_same_loss(device) -> None:

@@ -14,7 +14,7 @@ from reference_train.demo import demo
     ("arguments", "message"),
     [
         ("--loss coca", "--loss: invalid choice: 'coca'"),
-        ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
+        ("--seeds many", "--seeds: invalid number value: 'many'"),
         ("--out /dev/null/runs", "can't be written"),
         ("report .", "is no evaluation.json"),
         ("evaluate .", "no checkpoint at"),

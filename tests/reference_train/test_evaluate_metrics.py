@@ -117,10 +117,11 @@ def test_neighbours_come_from_other_styles_that_are_not_excluded() -> None:
     styles = ["a", "b", "c", "line"] * 5
     images = torch.nn.functional.normalize(torch.randn(20, 4), dim=-1)
     encoded = SimpleNamespace(
-        data=SimpleNamespace(excluded_groups={"line"}),
+        data=SimpleNamespace(
+            excluded_groups={"line"}, classes={"": SimpleNamespace(labels=torch.arange(20))}
+        ),
         image_features=images,
         group_indices={name: torch.arange(i, 20, 4) for i, name in enumerate(styles[:4])},
-        labels={"": torch.arange(20)},
         neighbour_labels={},
     )
     metrics.use_other_groups(encoded)

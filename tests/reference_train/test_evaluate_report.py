@@ -11,16 +11,16 @@ from reference_train.evaluate import records, report
 from reference_train.evaluate.records import read_evaluation
 
 DATASET = {"images": 100, "train_images": 0, "classes": {"class": 95}, "templates": 1}
-SETS = {"icons": DATASET | {"captions": 0, "groups": {}, "mean_over": []}}
+DATASET |= {"captions": 0, "groups": {}, "mean_over": []}
 REST = {"failed": {}, "settings": {}, "versions": {}, "device": "cpu", "command": "", "date": ""}
 
 
-def write(folder: str, *runs: str, top1: float = 0.1, **fields: Any) -> None:
-    """An evaluation of these runs, which have this accuracy."""
-    found = {name: {"numbers": {"top1": top1}, "groups": {}} for name in SETS}
+def write(folder: str, *runs: str, **fields: Any) -> None:
+    """An evaluation of these runs."""
+    result = {**REST, "data_sets": {"icons": DATASET}, **fields}
+    found = {name: {"numbers": {"top1": 0.1}, "groups": {}} for name in result["data_sets"]}
     checkpoints = {run: {"loss": None, "seed": None} for run in runs}
-    checkpoints |= fields.pop("checkpoints", {})
-    result = {**REST, "data_sets": SETS, "checkpoints": checkpoints, **fields}
+    result["checkpoints"] = checkpoints | fields.get("checkpoints", {})
     records.save({**result, "results": {run: found for run in runs}}, Path(folder))
 
 
@@ -39,30 +39,28 @@ def test_a_committed_table_is_that_of_its_record(table: str) -> None:
     assert report.markdown(result) == path.read_text()
 
 
-def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path, monkeypatch) -> None:
+def test_a_merged_evaluation_has_the_runs_and_the_settings_of_all(tmp_path, monkeypatch) -> None:
     """Runs of the same weights are one column, and runs of others are two."""
     monkeypatch.chdir(tmp_path)
-    for name, path, written, steps in (
-        ("a", "logs/run", "1", 1178),
-        ("b", "/old/run", "1", 620),  # moved, and measured again
-        ("c", "logs/run", "2", 620),
+    for name, written, data, steps in (
+        ("a", "1", "icons", 1178),
+        ("b", "1", "emoji", 620),
+        ("c", "2", "icons", 620),
     ):
-        weights = {"run": {"loss": None, "seed": None, "path": path, "written": written}}
-        settings, history = {"steps": steps}, {name: [steps]}
-        write(name, "run", name, checkpoints=weights, settings=settings, history=history)
-    # Without weights, other numbers are those of another run.
-    write("d", "a", top1=0.2, settings={"steps": 620})
-    report.main([*"abcd", "--out", "merged"])
+        weights = {"run": {"loss": None, "seed": None, "path": "run", "written": written}}
+        sets, settings = {data: DATASET}, {"steps": steps}
+        write(name, "run", name, checkpoints=weights, data_sets=sets, settings=settings)
+    report.main([*"abc", "--out", "merged"])
     merged = read_evaluation(Path("merged"))
-    assert list(merged["results"]) == ["run", "a", "b", "c-run", "c", "d-a"]
-    assert merged["settings"] == [{"steps": steps} for steps in (1178, 620, 620, 620)]
-    assert [merged["history"][name] for name in "abc"] == [[1178], [620], [620]]
+    assert list(merged["results"]) == ["run", "a", "b", "c-run", "c"]
+    assert list(merged["results"]["run"]) == ["icons", "emoji"]
+    assert merged["settings"] == [{"steps": steps} for steps in (1178, 620, 620)]
 
 
 def test_report_refuses_evaluations_that_do_not_go_together(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write("a", "clip-0")
-    write("b", "clip-1", data_sets={"icons": SETS["icons"] | {"images": 99}})
+    write("b", "clip-1", data_sets={"icons": DATASET | {"images": 99}})
     with pytest.raises(UsageError, match="b: icons is another dataset there"):
         report.main(["a", "b", "--out", "out"])
 

@@ -37,9 +37,11 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
         assert args.train_data == f"{data}/train-{{00000..00003}}.tar"
         assert args.val_data == f"{data}/val-00000.tar"
         assert (args.name, args.seed) == (f"{preset}-{loss}-3", 3)
-        assert args.reference_batch_size == 128
+        is_default = preset != "paper" and "siglip" not in loss
+        assert args.reference_batch_size == (32 if is_default else 128)
+        assert args.lambda_progress == (preset != "paper")
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
-    siglip = dry_run("--siglip")
+    siglip = dry_run("--loss siglip")
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
 
@@ -74,7 +76,7 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--preset paper --views own", "--views own: .* both views would be equal; take"),
         ("--views -- --same-captions ignored", "--same-captions can't be combined with --views"),
         ("--views -- --distill-model RN50", "--distill-model can't be combined with --views"),
-        ("--views --siglip", "--siglip can't be combined with --views"),
+        ("--views --loss siglip", "--siglip can't be combined with --views"),
         ("WORLD_SIZE=2 --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
         ("WORLD_SIZE=2 -- --workers 2", "OpenCLIP 3 can't train with several ranks"),
     ],
