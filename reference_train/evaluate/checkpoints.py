@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..command_line import RunFailed, UsageError
+from ..command_line import RunFailed, UsageError, say
 from ..losses import LOSSES
 from ..runs import PARAMETERS, read_parameters, register_models
 from .datasets import Images
@@ -124,6 +124,8 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
     if name not in open_clip.list_models():
         # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
         open_clip.add_model_config(parameters.get("model_config") or folder)
+    if not parameters and not open_clip.get_model_config(name).get("quick_gelu"):
+        say(f"{file}: {name} has no QuickGELU; with weights of the CyCLIP authors, results are wrong")
     arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0

@@ -99,8 +99,11 @@ def released(run_folder, tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt")
 
 
-def test_a_checkpoint_of_the_authors_loads(released) -> None:
+def test_a_checkpoint_of_the_authors_loads(released, capsys) -> None:
+    find_checkpoints([released], "RN50", None)
+    assert "RN50 has no QuickGELU" in capsys.readouterr().err
     [found] = find_checkpoints([released], QUICK, None)
+    assert capsys.readouterr().err == ""
     saved = torch.load(released, weights_only=False)["state_dict"]
     loaded = load(found, CPU).model.state_dict()
     assert found.title == "cyclip"
