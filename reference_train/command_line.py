@@ -33,7 +33,7 @@ def first_line(error: object) -> str:
 
 def say(message: object) -> None:
     """Prints a one-line message to stderr. The command's output goes to stdout."""
-    print(f"reference_train: {message}", file=sys.stderr, flush=True)
+    print(f"reference_train: {message}", file=sys.stderr)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -125,7 +125,7 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
         # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
         open_clip.add_model_config(parameters.get("model_config") or folder)
     if not parameters and not open_clip.get_model_config(name).get("quick_gelu"):
-        say(f"{file}: {name} has no QuickGELU; with weights of the CyCLIP authors, results are wrong")
+        say(f"{file}: {name} has no QuickGELU, which the CyCLIP authors' weights need")
     arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0

@@ -113,8 +113,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="SHARDS",
         help="held-out pairs; default: the 'val' files in the folder --data",
     )
-    text = "pairs in a batch of all ranks together; default: the preset's"
-    add("--batch-size", type=whole_number(1), metavar="N", help=text)
+    add(
+        "--batch-size",
+        type=whole_number(1),
+        metavar="N",
+        help="pairs in a batch of all ranks together; default: the preset's",
+    )
     add("--seed", type=int, default=0, help="default: 0")
     # The flag is not called --logs, because torchrun would take that as one of its own flags.
     add("--out", default="logs", metavar="DIR", help="the folder of all runs; default: logs")
