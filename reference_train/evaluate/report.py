@@ -306,11 +306,20 @@ def main(argv: Sequence[str]) -> None:
     description = "Makes table.md again. Runs called NAME-SEED share the column NAME."
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
-    text = "a folder of evaluate, or an evaluation.json"
-    add("evaluations", nargs="+", type=Path, metavar="FOLDER", help=text)
+    add(
+        "evaluations",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder of evaluate, or an evaluation.json",
+    )
     add("--out", type=Path, metavar="DIR", help="default: the first folder, for its table")
-    text = "also write a row for each run: its settings and all its numbers"
-    add("--csv", type=Path, metavar="FILE", help=text)
+    add(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="also write a row for each run: its settings and all its numbers",
+    )
     arguments = parser.parse_args(argv)
     result = merge({str(path): read_evaluation(path) for path in arguments.evaluations})
     if arguments.out:  # else `evaluate` may be adding results to the folder's record
