@@ -27,7 +27,8 @@ pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
     name=$1-$4 epochs=$2 loss=$3 seed=$4
     shift 4
     python -m reference_train pretrain --preset icons --data "$icons" --out "$out/logs" \
-        --name "$name" --loss "$loss" --seed "$seed" "$@" -- --torchcompile --epochs "$epochs"
+        --name "$name" --loss "$loss" --seed "$seed" --reference-batch-size 128 \
+        --no-lambda-progress "$@" -- --torchcompile --epochs "$epochs"
 }
 
 for seed in 0 1 2; do
