@@ -54,8 +54,8 @@ class CyCLIPLoss(ContrastiveModule):
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange their
             row counts in every call, and the host waits.
         lambda_progress: multiply both penalties by the progress of CLIP's loss,
-            clamp(1 - contrastive_loss / ln N, 0, 1), without gradient. So they have no weight at
-            the start of a training, where they would make all features alike.
+            clamp(1 - CLIP's loss / ln N, 0, 1), without gradient. So they have no weight at the
+            start of a training, where they would make all features alike.
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
@@ -182,7 +182,7 @@ class CyCLIPLoss(ContrastiveModule):
         terms = contrastive.terms(batch, plan, started, weight)
         penalties = cyclic.terms(batch, plan, self, grams)
         if self.lambda_progress:
-            progress = contrastive.progress(terms, batch)
+            progress = contrastive.progress(terms, batch, weight)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
         terms |= penalties
         if not batch.traced:

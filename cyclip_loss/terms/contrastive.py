@@ -126,14 +126,17 @@ def terms(
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
-def progress(terms: dict[str, Tensor], batch: Batch) -> Tensor:
+def progress(terms: dict[str, Tensor], batch: Batch, inmodal_weight: float | None) -> Tensor:
     """From 0, where CLIP's loss is what equal features give, ln N, to 1: a scalar without gradient.
 
-    terms: from `terms`.
+    terms: from `terms`, with the same weight.
     """
+    clip = terms["contrastive_loss"].detach()
+    if len(terms) > 1 and inmodal_weight is None:  # half of CLIP's loss
+        clip = clip * 2
     # On the CPU, as a number that takes no launch, and without a constant while compiling.
     chance = torch.scalar_tensor(max(batch.total_pairs(), 2), device="cpu").log()
-    return (1 - terms["contrastive_loss"].detach() / chance).clamp(0, 1)
+    return (1 - clip / chance).clamp(0, 1)
 
 
 def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairLogSumExps]:

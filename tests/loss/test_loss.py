@@ -117,6 +117,17 @@ def test_the_progress_of_clips_loss_multiplies_the_penalties_as_a_constant(
     torch.testing.assert_close(found, grads)
 
 
+@pytest.mark.parametrize("weight", [None, 0.7])
+def test_views_do_not_count_as_progress(weight: float | None, device) -> None:
+    given = Case(9, 6, WIDE, distance=1.0, views=True).arguments(device)
+    loss = CyCLIPLoss(inmodal_contrastive_weight=weight)
+    plain = loss(**given, output_dict=True)
+    clip = CyCLIPLoss(0, 0)(*(given[name] for name in INPUTS))
+    loss.lambda_progress = True
+    found, expected = loss(**given, output_dict=True), (1 - clip / log(9)) * plain[TERMS[-1]]
+    torch.testing.assert_close(found[TERMS[-1]], expected)
+
+
 def test_ids_of_each_integer_dtype_give_the_same_loss(device) -> None:
     inputs, ids, loss = Case(9, 4).inputs(device), torch.arange(9, device=device) % 5, CyCLIPLoss()
     expected = loss(*inputs, ids=ids)
