@@ -36,7 +36,7 @@ def main() -> None:
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
     axes.set_xlabel(
-        "worse than CLIP    ←    points of R@10, with the 95% interval    →    better than CLIP\n"
+        "← worse      points of R@10, with the 95% interval      better →\n"
         "grey: no difference is shown"
     )
     figure.suptitle(
