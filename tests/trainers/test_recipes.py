@@ -28,6 +28,7 @@ from cyclip_loss import CyCLIPLoss, caption_ids
 
 DUPLICATES = "Duplicates in a batch"
 INDICES = torch.arange(32)
+ADVISED = {"reference_batch_size": 32, "lambda_progress": True}
 
 
 def prepared() -> dict[str, Any]:
@@ -39,7 +40,7 @@ def prepared() -> dict[str, Any]:
         "loader": DataLoader(ConcatDataset([data] * 10), 32),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "CyCLIPLoss": CyCLIPLoss,
-        "loss_fn": CyCLIPLoss(reference_batch_size=128),
+        "loss_fn": CyCLIPLoss(**ADVISED),
     }
 
 
@@ -103,7 +104,7 @@ def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
 
 
 HEADING = "Several positives: classes, persons, captions"
-POSITIVES = CyCLIPLoss(reference_batch_size=128, same_ids="positives")
+POSITIVES = CyCLIPLoss(**ADVISED, same_ids="positives")
 
 
 @pytest.mark.parametrize("block", [0, 1, 2], ids=["class names", "person ids", "captions"])
@@ -228,7 +229,7 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeyp
         lambda column: {"sentence_embedding": 3 * column}
     )
     columns = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
-    loss_fn = CyCLIPLoss(reference_batch_size=128)
+    loss_fn = CyCLIPLoss(**ADVISED)
     hard, ids = {"negative_text_features": columns[2:].flatten(0, 1)}, torch.arange(6) % 5
     for arguments, options in (
         ((columns[:2],), {}),
