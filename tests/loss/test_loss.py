@@ -22,7 +22,7 @@ from inputs import (
 from support import examples, needs_triton, setting
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, contrastive_logsumexp, numerics, reference
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, numerics, reference
 
 WIDE, BF16, FP16 = torch.float64, torch.bfloat16, torch.float16
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
@@ -115,6 +115,13 @@ def test_the_progress_of_clips_loss_multiplies_the_penalties_as_a_constant(
     torch.testing.assert_close(terms, expected)
     found, grads = (torch.autograd.grad(sum(x.values()), leaves) for x in (terms, expected))
     torch.testing.assert_close(found, grads)
+
+
+def test_siglips_loss_is_not_finite_if_the_scale_is_infinite(impl, device) -> None:
+    """Also where no logit of an infinite size has a loss."""
+    features = torch.eye(3, device=device)[:1]
+    loss = CySigLIPLoss(impl=impl)(features, features, torch.tensor(torch.inf, device=device), -9.0)
+    assert not loss.isfinite()
 
 
 @pytest.mark.parametrize("weight", [None, 0.7])
