@@ -252,7 +252,8 @@ class _Swap:
         if total > LARGEST_CONSTANT and is_constant and ours is not CySigLIPLoss:
             logging.warning(
                 "The lambdas are constant in batches of %s pairs. Above %s, that lowered the "
-                "accuracy in our experiment: add --lambda-warmup 512 (docs/choosing.md)",
+                "accuracy in our experiments: take --lambda-progress or, with other losses than "
+                "CLIP's, --lambda-warmup 512 (docs/choosing.md)",
                 f"{total:,}",
                 f"{LARGEST_CONSTANT:,}",
             )

@@ -14,8 +14,8 @@ ADVISED_BATCH_SIZE = 32
 # Penalties more than this many times as strong as the paper's cause a warning. In our experiment
 # with 250,000 icons, penalties four times as strong lower the accuracy.
 STRONG = 2
-# Up to how many pairs of all ranks a constant lambda did not lower the accuracy, with a reference
-# batch size of 128 (reference_train/results/icons). At 2,048 and 4,096 pairs it did.
+# With more pairs of all ranks than this, every constant lambda that we tried lowered the accuracy
+# (docs/lambda.md).
 LARGEST_CONSTANT = 1024
 # Rows normalised in bfloat16 differ from length 1 by less than 1 %.
 LENGTH_TOLERANCE = 0.05
@@ -60,9 +60,8 @@ def warn_of_strong_penalties(options: Any, total: int) -> None:
             "strong penalties",
             f"lambda = {_largest_lambda(options):g} in a batch of {total} is {times:.3g} times as "
             f"strong as the paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties "
-            f"grow with the batch. reference_batch_size={ADVISED_BATCH_SIZE}, "
-            "lambda_progress=True did no harm at any batch size that we tried. If you want the "
-            "paper's formula: "
+            f"grow with the batch. We advise reference_batch_size={ADVISED_BATCH_SIZE}, "
+            "lambda_progress=True. If you want the paper's formula: "
             "warnings.filterwarnings('ignore', category=cyclip_loss.CyCLIPWarning)",
         )
 
