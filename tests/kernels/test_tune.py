@@ -167,20 +167,6 @@ def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
     assert not file.exists()
 
 
-def test_each_gpu_and_version_has_its_own_tiles(monkeypatch) -> None:
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_80")
-    found = set()
-    for change in (
-        (torch.cuda, "get_device_name", lambda device: "NVIDIA A100"),
-        (torch.cuda, "get_device_name", lambda device: "NVIDIA L4"),
-        (configs.triton, "__version__", "4.0"),
-        (configs, "__version__", "9.0"),
-    ):
-        monkeypatch.setattr(*change)
-        found.add(configs.platform_of(torch.device("cuda", 0)))
-    assert len(found) == 4, found
-
-
 @pytest.mark.parametrize("change", [("{", ""), ("num_warps", "colour")])
 def test_a_broken_file_gives_one_warning_with_its_path(change: tuple[str, str], file) -> None:
     remember()
