@@ -38,14 +38,16 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
 }
 
 # The learning rate was chosen for CLIP in batches of 256, and grows with the square root of their
-# size. Batches of 256 take 846 steps, and batches of 1,024 take 144, in which a growing λ reaches
-# 28% of its value.
+# size. Batches of 256 take 846 steps, those of 1,024 take 144, and those of 2,048 take 108. In these
+# a growing λ reaches 28 and 21% of its value.
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for setting in clip cyclip quarter growing g-quarter c-cyclip; do
         pretrain products 256 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 2e-3 \
             --warmup 85
         pretrain products 1024 $setting "$seed" --train-num-samples 36013 --epochs 4 --lr 4e-3 \
             --warmup 15
+        pretrain products 2048 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 5.6e-3 \
+            --warmup 11
     done
     # One caption for each class: most negatives of a batch are false, unless the ids leave them out.
     for setting in clip cyclip quarter growing clip-ids cyclip-ids quarter-ids growing-ids; do
