@@ -212,7 +212,7 @@ def _step(
     nothing is.
     """
     engine = engines.load(plan.engine, logits.row_features)
-    sums = logit_bias.new_zeros(2)
+    sums = logits.logit_scale.expand(2) * 0.0  # NaN if it is infinite: logits may have no loss
 
     def block_grads(block: Logits, _: None) -> Gradients:
         grads: Gradients

@@ -103,8 +103,8 @@ def elementwise_terms_kernel(
             within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
             tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     tile = partials + tl.program_id(0)
-    # An infinite feature or scale may give logits without loss. It makes this product NaN.
-    tl.store(tile, loss_sum + 0.0 * (scale * scale_sum))
+    # An infinite feature may give a logit without loss. It makes the other sum NaN.
+    tl.store(tile, loss_sum + 0.0 * scale_sum)
     tl.store(tile + all_tiles, g_sum)
     tl.store(tile + 2 * all_tiles, scale_sum)
 
