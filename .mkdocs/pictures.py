@@ -1,19 +1,25 @@
-"""Draw the two pictures of the README into docs/.
+"""Draw the two pictures of the README into docs/, and that of the photographs' results.
 
     python .mkdocs/pictures.py
 
 penalties.png: what the two penalties compare. cost.png: time and memory of a step, from the record
-benchmarks/results/results.csv. White backgrounds keep both readable in dark mode.
+benchmarks/results/results.csv. differences.png: differences to CLIP with their intervals. White
+backgrounds keep them readable in dark mode.
 """
+
+from statistics import mean
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
-from tables import ROOT, runs_of
+from tables import ROOT, SPECS, compared_rows, interval, runs_of
 
 RECORD = ROOT / "benchmarks/results/results.csv"
 DEVICE = "AMD EPYC, threads: 2, float32"
+# A table, whose rows are "BATCH, LOSS" and whose first column is drawn in differences.png.
+DIFFERENCES = "photos-batches"
+COLOURS = {True: "tab:green", False: "tab:red", None: "tab:gray"}  # ahead, behind, not shown
 IN_MODAL, CROSS_MODAL, PAIR = "#D55E00", "#0072B2", "#999999"
 # The record's name of a loss: its label, and its style. Okabe and Ito's colours, and markers.
 LOSSES = {
@@ -78,6 +84,39 @@ def draw_cost() -> None:
     figure.savefig(ROOT / "docs/cost.png")
 
 
+def draw_differences() -> None:
+    """Draws a row for each loss: its difference to CLIP's R@10, with the 95% interval."""
+    rows = [
+        (title, next(iter(values.values())), next(iter(baseline.values())))
+        for title, values, baseline in compared_rows(SPECS[DIFFERENCES])
+    ]
+    rows = [row for row in rows if row[1] == row[2] or interval(*row[1:])]
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
+    labels = []
+    for y, (title, values, baseline) in enumerate(rows):
+        labels.append(f"{title}: {100 * mean(values):.1f}%")
+        if bounds := interval(values, baseline):
+            low, high = (100 * bound for bound in bounds)
+            ahead = None if low <= 0 <= high else low > 0
+            centre = 100 * (mean(values) - mean(baseline))
+            axes.plot([low, high], [y, y], color=COLOURS[ahead], linewidth=2)
+            axes.plot(centre, y, "o", color=COLOURS[ahead])
+        else:
+            axes.plot(0, y, "k|", markersize=12)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "← worse      points of R@10, with the 95% interval      better →\n"
+        "grey: no difference is shown"
+    )
+    figure.suptitle(
+        "Photographs of products: finding the right one of 1,904 titles, and the reverse"
+    )
+    figure.savefig(ROOT / "reference_train/results/photos/differences.png", dpi=110)
+
+
 if __name__ == "__main__":
     draw_penalties()
     draw_cost()
+    draw_differences()

@@ -118,9 +118,7 @@ def compare(values: list[float], baseline: list[float]) -> str:
     return f", {difference:+.1f} ({low:.1f} to {high:.1f})" + " ▲" * (low > 0) + " ▼" * (high < 0)
 
 
-def compared_rows(
-    spec: str,
-) -> Iterator[tuple[str, dict[str, list[float]], dict[str, list[float]]]]:
+def compared_rows(spec: str) -> Iterator[tuple[str, Values, Values]]:
     """The title of each row of a table, and its numbers and its baseline's by metric."""
     records, heading, *lines = spec.splitlines()
     folder, _, names = records.partition(": ")
