@@ -178,11 +178,12 @@ class CyCLIPLoss(ContrastiveModule):
         batch = agree(batch, plan, self)
         started = contrastive.start(batch, plan, symmetric=True)
         grams = cyclic.start_grams(batch, plan)
+        losses = contrastive.losses(batch, plan, started)
         weight = self.inmodal_contrastive_weight
-        terms = contrastive.terms(batch, plan, started, weight)
+        terms = contrastive.weighted(losses, weight)
         penalties = cyclic.terms(batch, plan, self, grams)
         if self.lambda_progress:
-            progress = contrastive.progress(terms, batch, weight)
+            progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
         terms |= penalties
         if not batch.traced:

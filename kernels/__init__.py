@@ -14,7 +14,6 @@ if __name__ == "cyclip_loss.kernels":
     from cyclip_loss.kernels.contrastive_grads import contrastive_grads
     from cyclip_loss.kernels.contrastive_lse import contrastive_lse
     from cyclip_loss.kernels.cyclic_grads import cyclic_grads
-    from cyclip_loss.kernels.cyclic_terms import cyclic_terms
     from cyclip_loss.kernels.elementwise_terms import elementwise_terms
     from cyclip_loss.kernels.gram_matrices import MAX_D, gram_matrices
 
@@ -24,7 +23,6 @@ if __name__ == "cyclip_loss.kernels":
         "contrastive_grads",
         "contrastive_lse",
         "cyclic_grads",
-        "cyclic_terms",
         "elementwise_terms",
         "gram_matrices",
     ]

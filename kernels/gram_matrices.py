@@ -1,6 +1,6 @@
 """Gram matrices of U = I + T and V = I - T:  A = U^T U,  B = V^T V,  C = V^T U  (D x D).
 
-Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`cyclic_terms.py`).
+Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`terms/cyclic.py`).
 
 U and V are formed in registers, in float32, from the unrounded features, and only then rounded to
 tf32. V is small for well-aligned pairs, and its rounding error is relative to V. For 16-bit

@@ -1,8 +1,8 @@
 """Where a call is computed: which engine, for which features.
 
-An engine has the six functions that `eager.py` defines: `contrastive_lse`, `contrastive_grads`,
-`elementwise_terms`, `gram_matrices`, `cyclic_terms` and `cyclic_grads`. The other engine, on CUDA
-and ROCm, is the Triton kernels. With "auto", each layout of a call is compared with PyTorch before
+An engine has the five functions that `eager.py` defines: `contrastive_lse`, `contrastive_grads`,
+`elementwise_terms`, `gram_matrices` and `cyclic_grads`. The other engine, on CUDA and ROCm, is the
+Triton kernels. With "auto", each layout of a call is compared with PyTorch before
 a kernel computes it (`verification.py`).
 """
 
@@ -88,16 +88,16 @@ def _check_kernels(name: str, features: Tensor) -> None:
         )
 
 
-def load(engine: str, features: Tensor, needs_rows: bool = True) -> Any:
+def load(engine: str, features: Tensor) -> Any:
     """The functions of an engine, for such features.
 
     engine: as `choose` returns it, or one of `IMPLS` in compiled code, whose operators can choose
-    only when they run. needs_rows: whether what is computed is empty on a rank without rows. For it
-    no kernel can be launched, so the eager engine computes.
+    only when they run. On a rank without rows no kernel can be launched, so the eager engine
+    computes.
     """
     if engine in ("auto", "triton"):
         engine, _ = choose(engine, features)
-    if engine == "eager" or (needs_rows and features.shape[0] == 0):
+    if engine == "eager" or features.shape[0] == 0:
         return eager
     if engine == "kernels":
         import cyclip_loss.kernels as kernels

@@ -127,18 +127,9 @@ def contrastive_grads(
     `float32_grads`, the accumulation dtype (for sums across ranks).
     """
     column_features = _columns_to_multiply(logits)
-    shift = float16_shift(column_features)
-    dtype = accumulation_dtype(column_features.dtype)
-    strips_of_g = _contrastive_strips(logits, saved, column_features)
-    grad_dtype = dtype if float32_grads else logits.row_features.dtype
-    factor = saved.unit * 2.0**-shift
-    return _multiplied(strips_of_g, logits, column_features, factor, needs, grad_dtype)
-
-
-def _contrastive_strips(
-    logits: Logits, saved: SavedStatistics, column_features: Tensor
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each strip: its first row, its end, its row features, and G."""
+    features = logits.row_features
+    grad_dtype = accumulation_dtype(features.dtype) if float32_grads else features.dtype
+    products = _Products(logits, column_features, saved.unit, needs, grad_dtype)
     pair_gradient = saved.pair_gradient / saved.unit
     for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
@@ -149,47 +140,64 @@ def _contrastive_strips(
             gradient.masked_fill_(same, 0.0)
         pair_elements, paired_rows = _pairs(gradient, start, logits)
         pair_elements.copy_(pair_gradient[paired_rows])
-        yield start, stop, strip_features, gradient
+        products.add(start, stop, strip_features, gradient)
+    return products.gradients()
 
 
-def _multiplied(
-    strips_of_g: Iterator[tuple[int, int, Tensor, Tensor]],
-    logits: Logits,
-    column_features: Tensor,
-    factor: Tensor,
-    needs: list[bool],
-    grad_dtype: torch.dtype,
-) -> Gradients:
-    """factor * s * 2^shift * G T, the same with G^T I, and factor * 2^shift * sum G_ij (I_i . T_j).
+class _Products:
+    """unit * s * G T, unit * s * G^T I and unit * sum_ij G_ij (I_i . T_j), from strips of G.
 
-    column_features: the result of `_columns_to_multiply`; grad_dtype: of the first two.
+    column_features: the result of `_columns_to_multiply`; unit: scalar; grad_dtype: of the first
+    two.
     """
-    needs_rows, needs_columns, needs_scale = needs
-    row_features, dtype = logits.row_features, accumulation_dtype(column_features.dtype)
-    feature_factor = factor * logits.logit_scale
-    scale_sum = logits.logit_scale.new_zeros(())
-    row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
-    column_shape = column_features.shape if needs_columns else (0,)
-    column_grad = column_features.new_zeros(column_shape, dtype=dtype)
-    for start, stop, strip_features, gradient in strips_of_g:
-        if column_features.dtype != dtype:
-            shifted = gradient.mul_(2.0 ** float16_shift(column_features))
-            gradient = shifted.to(column_features.dtype)
+
+    def __init__(
+        self,
+        logits: Logits,
+        column_features: Tensor,
+        unit: Tensor,
+        needs: list[bool],
+        grad_dtype: torch.dtype,
+    ) -> None:
+        self.column_features, self.needs, self.dtype = column_features, needs, grad_dtype
+        self.shift = float16_shift(column_features)
+        self.factor = unit * 2.0**-self.shift
+        self.feature_factor = self.factor * logits.logit_scale
+        rows, new = logits.row_features, logits.logit_scale.new_zeros
+        self.row_grad = rows.new_empty(rows.shape if needs[0] else (0,), dtype=grad_dtype)
+        self.column_grad = new(column_features.shape if needs[1] else (0,))
+        self.scale_sum = new(())
+
+    def add(self, start: int, stop: int, strip_features: Tensor, gradient: Tensor) -> None:
+        """Add the products of rows `start` to `stop` of G, which is overwritten."""
+        needs_rows, needs_columns, needs_scale = self.needs
+        columns, dtype = self.column_features, gradient.dtype
+        if columns.dtype != dtype:
+            gradient = gradient.mul_(2.0**self.shift).to(columns.dtype)
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
         # gradient that is computed anyway, it takes n * D multiplications.
         if needs_rows or not needs_columns:
-            strip_grad = numerics.matmul(gradient, column_features, dtype)
+            strip_grad = numerics.matmul(gradient, columns, dtype)
             if needs_scale:
-                scale_sum += torch.dot(strip_features.to(dtype).reshape(-1), strip_grad.view(-1))
+                self.scale_sum += torch.dot(
+                    strip_features.to(dtype).reshape(-1), strip_grad.view(-1)
+                )
             if needs_rows:
-                row_grad[start:stop] = strip_grad.mul_(feature_factor)
+                self.row_grad[start:stop] = strip_grad.mul_(self.feature_factor)
         if needs_columns:
-            numerics.add_product(column_grad, gradient.T, strip_features)
-    if needs_scale and needs_columns and not needs_rows:
-        scale_sum += torch.dot(column_features.to(dtype).reshape(-1), column_grad.view(-1))
-    column_grad = column_grad.mul_(feature_factor).to(grad_dtype)
-    scale_grad = scale_sum.mul_(factor) if needs_scale else scale_sum.new_empty(0)
-    return Gradients(row_grad, column_grad, scale_grad)
+            numerics.add_product(self.column_grad, gradient.T, strip_features)
+
+    def gradients(self) -> Gradients:
+        """The three sums over all strips, empty where not needed."""
+        needs_rows, needs_columns, needs_scale = self.needs
+        if needs_scale and needs_columns and not needs_rows:
+            columns = self.column_features.to(self.scale_sum.dtype)
+            self.scale_sum += torch.dot(columns.reshape(-1), self.column_grad.view(-1))
+        column_grad = self.column_grad.mul_(self.feature_factor).to(self.dtype)
+        scale_grad = self.scale_sum.new_empty(0)
+        if needs_scale:
+            scale_grad = self.scale_sum.mul_(self.factor)
+        return Gradients(self.row_grad, column_grad, scale_grad)
 
 
 def same_ids_but_pairs(logits: Logits, start: int, stop: int) -> Tensor | None:
@@ -223,36 +231,34 @@ def elementwise_terms(
     the accumulation dtype.
     """
     value, derivative = ELEMENTWISE[function]
-    column_features = _columns_to_multiply(logits)
-    sums = logits.logit_scale.new_zeros(2)
+    column_features, scale = _columns_to_multiply(logits), logits.logit_scale
+    unit = scale.new_full((), weight)
+    products = _Products(logits, column_features, unit, needs, scale.dtype)
+    sums = scale.new_zeros(2)
     loss, g_sum = sums
+    for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
+        strip.add_(logit_bias)
+        pairs = _pairs(strip, start, logits)[0]
+        pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
+        same = same_ids_but_pairs(logits, start, stop)
+        is_positive = same if logits.positives else None
+        if same is not None and not logits.positives:
+            strip.masked_fill_(same, -torch.inf)
+        _negate_positives(strip, start, logits, is_positive)
+        loss.add_(value(strip).sum())
+        if any(needs):
+            derivative(strip, out=gradient)
+            _negate_positives(gradient, start, logits, is_positive)
+            g_sum.add_(gradient.sum())
+            products.add(start, stop, strip_features, gradient)
+    return sums, products.gradients()
 
-    def negate_positives(x: Tensor, start: int, is_positive: Tensor | None) -> None:
-        _pairs(x, start, logits)[0].neg_()
-        if is_positive is not None:
-            torch.where(is_positive, -x, x, out=x)
 
-    def strips_of_g() -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
-            strip.add_(logit_bias)
-            pairs = _pairs(strip, start, logits)[0]
-            pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
-            same = same_ids_but_pairs(logits, start, stop)
-            is_positive = same if logits.positives else None
-            if same is not None and not logits.positives:
-                strip.masked_fill_(same, -torch.inf)
-            negate_positives(strip, start, is_positive)
-            loss.add_(value(strip).sum())
-            if any(needs):
-                negate_positives(derivative(strip, out=gradient), start, is_positive)
-                g_sum.add_(gradient.sum())
-                yield start, stop, strip_features, gradient
-
-    factor = logits.logit_scale.new_full((), weight * 2.0 ** -float16_shift(column_features))
-    grads = _multiplied(
-        strips_of_g(), logits, column_features, factor, needs, logits.logit_scale.dtype
-    )
-    return sums, grads
+def _negate_positives(x: Tensor, start: int, logits: Logits, is_positive: Tensor | None) -> None:
+    """Negate the pairs of a strip, in place, and the other positives."""
+    _pairs(x, start, logits)[0].neg_()
+    if is_positive is not None:
+        torch.where(is_positive, -x, x, out=x)
 
 
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
@@ -274,26 +280,6 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     return grams
 
 
-def cyclic_terms(grams: Tensor, weights: list[Tensor], output_dict: bool) -> list[Tensor]:
-    """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
-
-        p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
-
-    grams: from `gram_matrices`, of all rows of the global batch; weights: of N * P_in and of
-    N * P_cross, scalar tensors on the device of the Gram matrices or on the CPU. Without C, the
-    weights are equal, and only the sum is wanted.
-    """
-    p = (grams[0] * grams[1]).sum()
-    if len(grams) == 2:
-        # Use both weights, so that torch.compile treats both as inputs.
-        return [p * ((weights[0] + weights[1]) / 2)]
-    q = (grams[2] * grams[2].T).sum()
-    # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
-    inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
-    crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
-    return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]
-
-
 def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
@@ -303,15 +289,15 @@ def cyclic_grads(
     size: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `size` * the terms of `cyclic_terms`, given the upstream gradients `grads`.
+    """Gradients of `size` * the weighted penalties, given the upstream gradients `grads`.
 
     With a = size * grads[0] * weights[0], b = size * grads[-1] * weights[1]:
 
         dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
         dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    grams, weights: as in `cyclic_terms`; without C, a = b. Returns dI and dT, (n, D), in the
-    features' dtype, empty where not needed.
+    grams, weights: as in `terms.cyclic.penalties_of`; without C, a = b. Returns dI and dT, (n, D),
+    in the features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)

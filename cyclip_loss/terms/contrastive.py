@@ -102,11 +102,9 @@ def start(batch: Batch, plan: Plan, symmetric: bool = False) -> list[Started]:
     return found
 
 
-def terms(
-    batch: Batch, plan: Plan, started: list[Started], inmodal_weight: float | None
-) -> dict[str, Tensor]:
-    """CLIP's loss and, with augmented views, its in-modal form, by name: weighted scalars."""
-    losses = []
+def losses(batch: Batch, plan: Plan, started: list[Started]) -> list[Tensor]:
+    """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
+    found = []
     for lse, pair_logits, other_positives in log_sum_exps(batch, plan, started):
         of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
         if batch.ranks.size == 1:
@@ -115,28 +113,31 @@ def terms(
             loss = of_pairs.sum() / (batch.total_pairs() * lse.shape[0])
         if other_positives is not None:
             loss = loss - other_positives / batch.total_pairs()
-        losses.append(collectives.sum_of_ranks(loss, batch.ranks))
+        found.append(collectives.sum_of_ranks(loss, batch.ranks))
     if batch.logit_bias is not None:
-        losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
-    if len(losses) == 1:
-        return {"contrastive_loss": losses[0]}
-    inmodal = (losses[1] + losses[2]) / 2
+        found[0] = found[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
+    return found
+
+
+def weighted(losses: list[Tensor], inmodal_weight: float | None) -> dict[str, Tensor]:
+    """The terms of the loss, by name, from `losses`."""
+    clip, *of_views = losses
+    if not of_views:
+        return {"contrastive_loss": clip}
     if inmodal_weight is None:  # the authors' mean
-        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
-    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
+        clip, inmodal_weight = clip / 2, 0.5
+    inmodal = (of_views[0] + of_views[1]) / 2
+    return {"contrastive_loss": clip, "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
-def progress(terms: dict[str, Tensor], batch: Batch, inmodal_weight: float | None) -> Tensor:
+def progress(clip: Tensor, batch: Batch) -> Tensor:
     """From 0, where CLIP's loss is what equal features give, ln N, to 1: a scalar without gradient.
 
-    terms: from `terms`, with the same weight.
+    clip: CLIP's loss.
     """
-    clip = terms["contrastive_loss"].detach()
-    if len(terms) > 1 and inmodal_weight is None:  # half of CLIP's loss
-        clip = clip * 2
     # On the CPU, as a number that takes no launch, and without a constant while compiling.
     chance = torch.scalar_tensor(max(batch.total_pairs(), 2), device="cpu").log()
-    return (1 - clip / chance).clamp(0, 1)
+    return (1 - clip.detach() / chance).clamp(0, 1)
 
 
 def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairLogSumExps]:
@@ -190,7 +191,9 @@ class _LogSumExps(torch.autograd.Function):
         # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
         # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
         # without negatives, every G_ij is left out.
-        unit = lse.new_ones(()).copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
+        total = collectives.all_reduce(lse_grad.sum(), "sum", ranks)
+        # A number on the CPU takes no launch, and the result is on the device of the other.
+        unit = torch.scalar_tensor(1.0, dtype=lse.dtype, device="cpu").copysign(total)
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
             smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite

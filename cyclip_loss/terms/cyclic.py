@@ -22,7 +22,6 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
-from cyclip_loss.engines import eager
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
@@ -125,12 +124,7 @@ class _CyclicPenalties(torch.autograd.Function):
         plan: Plan,
     ) -> tuple[Tensor, ...]:
         weights = [inmodal_weight, crossmodal_weight]
-        # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices. A
-        # rank without rows must compute the same bits as the others.
-        engine: Any = eager
-        if not traced:
-            engine = engines.load(plan.engine, image_features, needs_rows=False)
-        penalties = engine.cyclic_terms(grams, weights, plan.output_dict)
+        penalties = penalties_of(grams, weights, plan.output_dict)
         ctx.save_for_backward(image_features, text_features, grams, *weights)
         ctx.plan, ctx.traced, ctx.size = plan, traced, size
         return tuple(penalties)
@@ -150,6 +144,27 @@ class _CyclicPenalties(torch.autograd.Function):
             ctx.plan.engine,
         )
         return (*feature_grads, *[None] * 6)
+
+
+def penalties_of(grams: Tensor, weights: list[Tensor], output_dict: bool) -> list[Tensor]:
+    """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
+
+        p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
+
+    Not an operator of an engine: a compiler can fuse these few operations on D x D matrices.
+
+    grams: from `eager.gram_matrices`, of all rows of the global batch; weights: of N * P_in and of
+    N * P_cross, scalar tensors on the device of the Gram matrices or on the CPU. Without C, the
+    weights are equal, and only the sum is wanted.
+    """
+    p = (grams[0] * grams[1]).sum()
+    if len(grams) == 2:
+        return [p * weights[0]]
+    q = (grams[2] * grams[2].T).sum()
+    # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
+    inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
+    crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
+    return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]
 
 
 def _gram_matrices(

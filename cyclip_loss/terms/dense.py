@@ -59,7 +59,7 @@ def cyclic_terms(
     with_cross: bool,
     output_dict: bool,
 ) -> list[Tensor]:
-    """The weighted penalties, as in `eager.cyclic_terms`. Features: (N, D)."""
+    """The weighted penalties, as in `cyclic.penalties_of`. Features: (N, D)."""
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)

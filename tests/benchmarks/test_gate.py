@@ -90,7 +90,7 @@ CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, 
         ("gram_matrices", "bfloat16", {"serialised": True}, ""),
         ("gram_matrices", "float32 tf32", {"matrix_instructions": {}}, "no matrix instruction"),
         ("gram_matrices", "float32 ieee", {"matrix_instructions": {}}, ""),
-        ("cyclic_terms", "bfloat16", {"fuses": False}, "does not fuse"),
+        ("scale_grad", "bfloat16", {"fuses": False}, "does not fuse"),
     ],
 )
 def test_each_fault_is_named(kernel: str, features: str, changes, fault: str) -> None:

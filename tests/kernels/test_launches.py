@@ -120,7 +120,7 @@ def test_no_batch_makes_triton_compile_again(uninterpreted) -> None:
         for d in (64, 70):
             submitted = uninterpreted.submit(compiled_binaries, dtype, d)
             known, added = submitted.result(timeout=900)
-            assert len(known) >= 9
+            assert len(known) >= 7
             assert added == set()
 
 
@@ -133,7 +133,7 @@ def launches_of_a_step(case: Case) -> int:
     ("options", "most"),
     [
         ({}, 28),  # one of them sums parts of the Gram matrices, from 2,048 pairs on
-        ({"lambdas": (0, 0)}, 20),
+        ({"lambdas": (0, 0)}, 19),
         ({"lambdas": (0, 0), "function": "siglip"}, 25),
         # 16 of them belong to the PyTorch code of the loss.
         ({"function": "log-sum-exps"}, 30),
