@@ -62,6 +62,7 @@ def with_ids(change: Callable[[Tensor], Tensor], original: Any, logits: Any, *re
 
 
 FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_features"])
+POSITIVES = {"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}
 # The options of a step, and the functions that it calls in another layout than a plain step.
 STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
@@ -72,16 +73,9 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
-    ({"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}, (SIGMOID,)),
-    (
-        {
-            "function": "siglip",
-            "distinct_ids": 4,
-            "same_ids": "positives",
-            "negatives": (3, 2),
-        },
-        (SIGMOID, SIGMOID),  # extra negatives, images or texts, have a call of their own
-    ),
+    (POSITIVES, (SIGMOID,)),
+    # Extra negatives, images or texts, have a call of their own.
+    (POSITIVES | {"negatives": (3, 2)}, (SIGMOID, SIGMOID)),
     ({"distinct_ids": 4}, (LSE, GRADS)),
     ({"distinct_ids": 4, "same_ids": "positives"}, (GRADS,)),
     ({"negatives": (3, None)}, (LSE, GRADS)),

@@ -269,13 +269,6 @@ def test_the_loss_is_linear_in_each_lambda(batch: Batch) -> None:
     assert_equal(batch.loss(given), batch.gradients(total, given))
 
 
-@law
-def test_distinct_ids_are_no_ids(batch: Batch) -> None:
-    without = {name: x for name, x in batch.arguments().items() if name not in IDS}
-    ids = torch.tensor(batch.order, device=batch.device) - 2
-    assert_equal(batch.loss(without | {"ids": ids}), batch.loss(without))
-
-
 @law_of_softmax
 def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: Batch) -> None:
     """A row's log-sum-exp ignores pairs with its id as if they were absent. Extra negatives that
