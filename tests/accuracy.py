@@ -38,7 +38,8 @@ def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
     """The loss and the gradients of all inputs that are tensors."""
     leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
     value = loss(*leaves)
-    value.backward()
+    if torch.is_grad_enabled():
+        value.backward()
     return value.detach(), *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor))
 
 

@@ -2,8 +2,8 @@
 
 An engine has the five functions that `eager.py` defines: `contrastive_lse`, `contrastive_grads`,
 `elementwise_terms`, `gram_matrices` and `cyclic_grads`. The other engine, on CUDA and ROCm, is the
-Triton kernels. With "auto", each layout of a call is compared with PyTorch before
-a kernel computes it (`verification.py`).
+Triton kernels. With "auto", each layout of a call is compared with PyTorch before a kernel computes
+it (`verification.py`).
 """
 
 import os
@@ -91,9 +91,10 @@ def _check_kernels(name: str, features: Tensor) -> None:
 def load(engine: str, features: Tensor) -> Any:
     """The functions of an engine, for such features.
 
+    On a rank without rows no kernel can be launched, so the eager engine computes.
+
     engine: as `choose` returns it, or one of `IMPLS` in compiled code, whose operators can choose
-    only when they run. On a rank without rows no kernel can be launched, so the eager engine
-    computes.
+    only when they run.
     """
     if engine in ("auto", "triton"):
         engine, _ = choose(engine, features)

@@ -147,8 +147,8 @@ def contrastive_grads(
 class _Products:
     """unit * s * G T, unit * s * G^T I and unit * sum_ij G_ij (I_i . T_j), from strips of G.
 
-    column_features: the result of `_columns_to_multiply`; unit: scalar; grad_dtype: of the first
-    two.
+    column_features: the result of `_columns_to_multiply`; unit: scalar, a factor of all three;
+    grad_dtype: of the first two.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Products:
         needs: list[bool],
         grad_dtype: torch.dtype,
     ) -> None:
-        self.column_features, self.needs, self.dtype = column_features, needs, grad_dtype
+        self.column_features, self.needs, self.grad_dtype = column_features, needs, grad_dtype
         self.shift = float16_shift(column_features)
         self.factor = unit * 2.0**-self.shift
         self.feature_factor = self.factor * logits.logit_scale
@@ -193,7 +193,7 @@ class _Products:
         if needs_scale and needs_columns and not needs_rows:
             columns = self.column_features.to(self.scale_sum.dtype)
             self.scale_sum += torch.dot(columns.reshape(-1), self.column_grad.view(-1))
-        column_grad = self.column_grad.mul_(self.feature_factor).to(self.dtype)
+        column_grad = self.column_grad.mul_(self.feature_factor).to(self.grad_dtype)
         scale_grad = self.scale_sum.new_empty(0)
         if needs_scale:
             scale_grad = self.scale_sum.mul_(self.factor)
@@ -232,8 +232,8 @@ def elementwise_terms(
     """
     value, derivative = ELEMENTWISE[function]
     column_features, scale = _columns_to_multiply(logits), logits.logit_scale
-    unit = scale.new_full((), weight)
-    products = _Products(logits, column_features, unit, needs, scale.dtype)
+    factor = scale.new_full((), weight)
+    products = _Products(logits, column_features, factor, needs, scale.dtype)
     sums = scale.new_zeros(2)
     loss, g_sum = sums
     for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):

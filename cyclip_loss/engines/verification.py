@@ -53,8 +53,8 @@ class VerifiedKernels:
     Args:
         kernels: the module `cyclip_loss.kernels`.
         eager: the engine that the kernels are compared with, and that replaces them.
-        device, dtype: of the features, also for functions that get float32 vectors or Gram
-            matrices. One wrong layout switches the kernels off for all such features.
+        device, dtype: of the features. One wrong layout switches the kernels off for all such
+            features.
     """
 
     def __init__(self, kernels: Any, eager: Any, device: torch.device, dtype: torch.dtype) -> None:

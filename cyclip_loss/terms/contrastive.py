@@ -119,9 +119,9 @@ def losses(batch: Batch, plan: Plan, started: list[Started]) -> list[Tensor]:
     return found
 
 
-def weighted(losses: list[Tensor], inmodal_weight: float | None) -> dict[str, Tensor]:
-    """The terms of the loss, by name, from `losses`."""
-    clip, *of_views = losses
+def weighted(found: list[Tensor], inmodal_weight: float | None) -> dict[str, Tensor]:
+    """The terms of the loss, by name. found: from `losses`."""
+    clip, *of_views = found
     if not of_views:
         return {"contrastive_loss": clip}
     if inmodal_weight is None:  # the authors' mean
@@ -191,9 +191,7 @@ class _LogSumExps(torch.autograd.Function):
         # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
         # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
         # without negatives, every G_ij is left out.
-        total = collectives.all_reduce(lse_grad.sum(), "sum", ranks)
-        # A number on the CPU takes no launch, and the result is on the device of the other.
-        unit = torch.scalar_tensor(1.0, dtype=lse.dtype, device="cpu").copysign(total)
+        unit = lse.new_ones(()).copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
             smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite

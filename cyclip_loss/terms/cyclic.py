@@ -74,13 +74,13 @@ def terms(
         # Numbers become tensors on the CPU: filling one on a GPU would launch a kernel.
         tensors = [
             x if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype, device="cpu")
-            for x in options.weights(total, _one(batch))
+            for x in _weights(batch, plan, options, total)
         ]
         penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
             image_features, text_features, grams, *tensors, batch.ranks.size, batch.traced, plan
         )
     else:
-        weights = options.weights(total, _one(batch))
+        weights = _weights(batch, plan, options, total)
         penalties = dense.cyclic_terms(
             image_features, text_features, weights, plan.with_cross, plan.output_dict
         )
@@ -94,14 +94,18 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     return sum(others, first)
 
 
-def _one(batch: Batch) -> Any:
-    """1, as a tensor while torch.compile traces, which would make constants of numbers that are
-    combined with each other.
-    """
-    if not batch.traced:
-        return 1.0
-    features = batch.image_features
-    return features.new_ones((), dtype=accumulation_dtype(features.dtype))
+def _weights(batch: Batch, plan: Plan, options: PenaltyOptions, total: Any) -> tuple[Any, Any]:
+    """The weights of N * P_in and N * P_cross, as numbers or tensors; equal without C."""
+    one: Any = 1.0
+    # torch.compile would make constants of numbers that are combined with each other.
+    if batch.traced:
+        features = batch.image_features
+        one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
+    inmodal, crossmodal = options.weights(total, one)
+    if not plan.with_cross:
+        # They are equal. Use both, so that torch.compile treats both as inputs.
+        inmodal = (inmodal + crossmodal) / 2
+    return inmodal, crossmodal
 
 
 class _CyclicPenalties(torch.autograd.Function):
@@ -151,11 +155,12 @@ def penalties_of(grams: Tensor, weights: list[Tensor], output_dict: bool) -> lis
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    Not an operator of an engine: a compiler can fuse these few operations on D x D matrices.
+    Plain PyTorch for every engine, outside of the operators, so that a compiler can fuse these few
+    operations.
 
-    grams: from `eager.gram_matrices`, of all rows of the global batch; weights: of N * P_in and of
-    N * P_cross, scalar tensors on the device of the Gram matrices or on the CPU. Without C, the
-    weights are equal, and only the sum is wanted.
+    grams: from `start_grams`, summed over ranks; weights: of N * P_in and of N * P_cross, scalar
+    tensors on the device of the Gram matrices or on the CPU. Without C, the weights are equal, and
+    only the sum is wanted.
     """
     p = (grams[0] * grams[1]).sum()
     if len(grams) == 2:

@@ -65,9 +65,8 @@ def cyclic_terms(
         image, text = image_features.to(dtype), text_features.to(dtype)
         w_matrix = (image + text) @ (image - text).T
         if not with_cross:
-            # The backward of a product takes less time than that of `square`. Use both weights, so
-            # that torch.compile treats both as inputs.
-            return [(w_matrix * w_matrix).sum() * ((weights[0] + weights[1]) / 2)]
+            # The backward of a product takes less time than that of `square`.
+            return [(w_matrix * w_matrix).sum() * weights[0]]
         inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
         crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
         return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]

@@ -103,8 +103,10 @@ SCHEDULE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", ["tensor", "number", "none"])
-def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) -> None:
+@pytest.mark.parametrize(
+    ("scale", "trains"), [("tensor", True), ("number", True), ("none", True), ("none", False)]
+)
+def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bool, device) -> None:
     """Only the first values of each kind may compile a graph. scale: none for the penalties."""
     module = CyclicPenalty if scale == "none" else CyCLIPLoss
 
@@ -113,7 +115,8 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) ->
         return [image, text, *{"tensor": [tensor], "number": [float(n)], "none": []}[scale]]
 
     steps = [(lambdas, inputs(20 + 3 * index)) for index, lambdas in enumerate(SCHEDULE)]
-    counts = graphs(module(), steps)
+    with torch.set_grad_enabled(trains):
+        counts = graphs(module(), steps)
     # PyTorch first compiles with constants, then with symbols. Equal lambdas, different lambdas and
     # no penalties are different graphs. New values of a kind add none. PyTorch allows 8 graphs.
     assert counts[-1] <= 8

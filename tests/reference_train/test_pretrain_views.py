@@ -60,7 +60,7 @@ def views_drawn(caption: str) -> set[tuple[str, ...]]:
 
 def test_views_of_several_captions_are_any_two_of_them() -> None:
     captions = ("a red fox", "a fox in snow", "fox")
-    assert views_drawn("\n".join(captions) + "\n") == set(permutations(captions, 2))
+    assert views_drawn(" \n ".join((*captions, ""))) == set(permutations(captions, 2))
 
 
 def test_the_second_view_of_one_caption_swaps_words_or_leaves_some_out() -> None:
