@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# OpenCLIP imports it. After `join`, its functions' default arguments would be the group and keep it
+# alive after its destruction. Then gloo's threads may abort the process when it ends.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
