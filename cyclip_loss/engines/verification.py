@@ -177,7 +177,7 @@ class VerifiedKernels:
         return SavedStatistics(*(x.float() for x in found))
 
     def _tensor_like(self, name: str, value: Tensor) -> Tensor:
-        """Ids, features, Gram matrices or a vector of random numbers."""
+        """Ids, features or Gram matrices."""
         device = self.device
         is_column = name.startswith("column")
         count = self.num_columns if is_column else self.num_rows
@@ -185,9 +185,6 @@ class VerifiedKernels:
             # Some are negative, and some differ in their upper 32 bits alone.
             number = torch.arange(count, device=device) + is_column
             return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
-        if value.ndim == 1:
-            count = 0 if value.numel() == 0 else count
-            return (5 * _random(count, len(name))[:, -1]).to(device, torch.float32)
         row_features, column_features = self._features(divisor_of(value.shape[-1]))
         if value.ndim == 3:
             columns = column_features[: self.num_rows].double()
