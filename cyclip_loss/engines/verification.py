@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
 from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
 from cyclip_loss.usage_warnings import warn_once
 
@@ -165,7 +165,9 @@ class VerifiedKernels:
             return torch.full((), SCALARS[name], device=value.device, dtype=torch.float32)
         if isinstance(value, Tensor):
             return self._tensor_like(name, value)
-        return 10 * _sign(value) if name == "partner_offset" else value
+        if name == "partner_offset" and value != NO_PAIRS:
+            return 10 * _sign(value)
+        return value
 
     def _statistics_of(self, logits: Logits) -> SavedStatistics:
         """About what a loss gives for these logits."""
@@ -224,7 +226,7 @@ def layout_of(value: Any) -> Any:
         return (len(value), *map(layout_of, value))
     if value is None or isinstance(value, (bool, str)):
         return value
-    return _sign(value)
+    return value if value == NO_PAIRS else _sign(value)
 
 
 def _sign(number: float) -> int:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from cyclip_loss import CyCLIPWarning, engines, kernels
 from cyclip_loss.engines import eager, verification
 from cyclip_loss.engines.verification import VerifiedKernels
-from cyclip_loss.logits import Logits
+from cyclip_loss.logits import NO_PAIRS, Logits
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
 LSE, GRADS = "contrastive_lse", "contrastive_grads"
@@ -104,7 +104,7 @@ def recorded_comparisons(
     return compared
 
 
-@pytest.mark.parametrize(("options", "functions"), STEPS)
+@pytest.mark.parametrize(("options", "functions"), STEPS, ids=str)
 def test_each_new_layout_is_compared_and_a_fault_is_noticed(
     options: dict[str, Any], functions: tuple[str, ...], monkeypatch
 ) -> None:
@@ -124,6 +124,8 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
     assert engine.problem is None
     assert sorted(function for function, _ in compared[known:]) == sorted(functions)
     for function, arguments in compared[known:]:
+        small = engine.small_batch(function, arguments)
+        assert verification.layout_of(small) == verification.layout_of(list(arguments))
         original = getattr(kernels, function)
         results = enumerate(tree_leaves(original(*arguments)))
         scale = partial(scaled, factor=1.1 if dtype == BFLOAT16 else 1.001)
@@ -138,22 +140,27 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
         monkeypatch.setattr(kernels, function, original)
 
 
-@pytest.mark.parametrize(("partner_offset", "clamp"), [(-2, max), (2, min)])
-def test_a_fault_with_columns_of_another_rank_is_noticed(
-    partner_offset: int, clamp: Any, monkeypatch
+@pytest.mark.parametrize("offset", [-2, 2, NO_PAIRS])
+def test_a_fault_where_the_columns_are_not_those_of_the_rows_is_noticed(
+    offset: int, monkeypatch
 ) -> None:
-    """In a ring, their pairs are before or behind the rows. The kernel is wrong only there."""
+    """In a ring, a block's pairs are before or behind the rows. Extra negatives have none."""
     original, engine = kernels.contrastive_lse, verified(BFLOAT16)
 
-    def clamped(logits: Logits) -> Any:
-        return original(logits._replace(partner_offset=clamp(0, logits.partner_offset)))
+    def kind(x: int) -> tuple[bool, ...]:
+        return x < 0, x > 0, x == NO_PAIRS
 
-    monkeypatch.setattr(kernels, LSE, clamped)
+    def wrong_only_there(logits: Logits) -> Any:
+        here = kind(logits.partner_offset) == kind(offset)
+        return original(logits._replace(partner_offset=0) if here else logits)
+
+    monkeypatch.setattr(kernels, LSE, wrong_only_there)
     logits = Logits(*Case(6, 4, BFLOAT16).inputs("cpu"))
-    engine.contrastive_lse(logits)
+    for other in {0, -2, 2, NO_PAIRS} - {offset}:
+        engine.contrastive_lse(logits._replace(partner_offset=other))
     assert engine.problem is None
     with pytest.warns(CyCLIPWarning, match=rf" {LSE}\("):
-        engine.contrastive_lse(logits._replace(partner_offset=partner_offset))
+        engine.contrastive_lse(logits._replace(partner_offset=offset))
 
 
 def fails(*arguments: Any) -> Any:
