@@ -20,9 +20,9 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
     plain="--reference-batch-size 128 --no-lambda-progress"
     case $3 in
     # g-quarter: the launcher's defaults, a quarter of λ times the progress of CLIP's loss
-    g-quarter) loss="cyclip" ;;
-    quarter*) loss="cyclip $plain --reference-batch-size 32" ;;
-    growing*) loss="cyclip $plain --lambda-warmup 512" ;;
+    g-quarter*) loss="cyclip" ;;
+    quarter) loss="cyclip $plain --reference-batch-size 32" ;;
+    growing) loss="cyclip $plain --lambda-warmup 512" ;;
     *) loss="${3%-ids} $plain" ;;
     esac
     case $3 in *-ids) loss="$loss --same-captions ignored" ;; esac
@@ -50,9 +50,9 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
             --warmup 11
     done
     # One caption for each class: most negatives of a batch are false, unless the ids leave them out.
-    for setting in clip cyclip quarter growing clip-ids cyclip-ids quarter-ids growing-ids; do
-        pretrain tiny-imagenet 256 $setting "$seed" --train-num-samples 79955 --epochs 3 --lr 2e-3 \
-            --warmup 94
+    for setting in clip g-quarter clip-ids g-quarter-ids; do
+        pretrain tiny-imagenet 256 $setting "$seed" --train-num-samples 79955 --epochs 2 --lr 2e-3 \
+            --warmup 62
     done
 done
 
