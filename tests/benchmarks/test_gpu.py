@@ -27,7 +27,7 @@ runpy.run_module("benchmarks", run_name="__main__")
 """
 
 
-def test_dry_run_leaves_a_page_with_every_section_and_no_rows(tmp_path) -> None:
+def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path) -> None:
     arguments = f"gpu --dry-run --out {tmp_path} --sections kernels competitors"
     ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]

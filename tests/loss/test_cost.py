@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from accuracy import function_of
+from accuracy import evaluate, function_of
 from inputs import Case, Tensors
 from support import strips_of
 from torch.profiler import ProfilerActivity, profile
@@ -104,6 +104,13 @@ def flops(case: Case, work: Callable[..., object]) -> int:
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         work(case, case.arguments("cpu"), "eager")
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("function", ["cyclip", "siglip"])
+def test_without_gradients_only_the_logits_are_computed(function: str) -> None:
+    with torch.no_grad():
+        found = flops(Case(40, 12, lambdas=(0, 0), function=function), evaluate)
+    assert found == 2 * 40 * 40 * 12
 
 
 @pytest.mark.parametrize(

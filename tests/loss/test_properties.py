@@ -401,8 +401,8 @@ def test_the_log_sum_exp_of_a_union_joins_those_of_its_parts(batch: Batch) -> No
 
 @law_of_softmax
 def test_a_batch_that_is_there_twice_has_each_negative_twice(batch: Batch) -> None:
-    """If copies have the same id. SigLIP's loss and the paper's penalties are twice as large: they
-    are means over N x N elements, times N.
+    """Copies have the same id, so they are no negatives of each other. SigLIP's loss and the
+    paper's penalties, N times a mean over N x N elements, are twice as large.
     """
     once = batch.arguments(*FEATURES, "logit_scale", "ids")
     twice = {name: torch.cat([x, x]) if x.ndim else x for name, x in once.items()}
@@ -435,7 +435,8 @@ def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
 ) -> None:
     """Not even if logits of -inf would leave it finite. place: which input, row and column.
 
-    sign: of all texts, if images are positive.
+    In two of three rounds all texts have one sign, and images are positive, so that the logits of
+    an infinite row have one sign, too.
     """
     batch = replace(batch, lambdas=(2, 4))
     for bad, sign in product((torch.nan, torch.inf, -torch.inf), (1, -1, None)):

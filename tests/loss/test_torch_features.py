@@ -34,6 +34,7 @@ WIDE = torch.float64
 @example(case=Case(10, 6, function="penalties"))
 @example(case=Case(30, 6, function="log-sum-exps"))
 @example(case=Case(30, 6, function="siglip"))
+@example(case=Case(10, 30, function="siglip"))
 def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     case: Case, impl, device
 ) -> None:
@@ -170,7 +171,7 @@ def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], devi
     torch.testing.assert_close(step(wrap=compile), step(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_operators_pass_pytorchs_checks(device, monkeypatch) -> None:
+def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch) -> None:
     """`opcheck` checks schemas, mutation, aliasing, and the shapes of fake tensors."""
     checked = set()
 
@@ -195,7 +196,7 @@ def test_the_operators_pass_pytorchs_checks(device, monkeypatch) -> None:
         {"function": "siglip", "frozen": frozenset(FEATURES)},
     ):
         case = Case(9, 4, **options)
-        evaluate(case, case.arguments(device), "eager")
+        evaluate(case, case.arguments(device), impl)
     assert len(checked) == 5
 
 

@@ -68,7 +68,9 @@ def test_every_parameter_has_the_gradient_of_one_process(
 
 @DIST_IMPLS
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_are_accurate(function: str, dist_impl: str, ranks) -> None:
+def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(
+    function: str, dist_impl: str, ranks
+) -> None:
     options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
     check_ranks(RankCase(distinct_ids=3, negatives=(4, None), views=True, **options), ranks)
 

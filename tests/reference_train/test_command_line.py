@@ -17,7 +17,6 @@ from reference_train.demo import demo
         ("--seeds many", "--seeds: invalid number value: 'many'"),
         ("--out /dev/null/runs", "can't be written"),
         ("report .", "is no evaluation.json"),
-        ("evaluate .", "no checkpoint at"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(

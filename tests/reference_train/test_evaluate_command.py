@@ -132,13 +132,12 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
 
 @pytest.fixture(scope="module")
 def bad_files(run_folder, tmp_path_factory) -> Path:
-    """A folder of files that are no checkpoints: code, weights that are NaN, and a list."""
+    """A folder of files that are no checkpoints: code, and weights that are NaN."""
     folder = tmp_path_factory.mktemp("bad")
     state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
     torch.save({"state_dict": folder}, folder / "code.pt")  # an object that may run anything
     state["module.visual.proj"] *= torch.nan
     torch.save({"state_dict": state}, folder / "nan.pt")
-    torch.save([state], folder / "list.pt")
     return folder
 
 
@@ -156,7 +155,6 @@ def bad_files(run_folder, tmp_path_factory) -> Path:
         ("{run} --imagefolder {run}", "--imagefolder: must be NAME=DIR, not "),
         ("{bad}/code.pt --model RN50", r"code\.pt as RN50: Weights only load failed"),
         ("{bad}/nan.pt --model evaluate-tiny", "not finite"),
-        ("{bad}/list.pt --model evaluate-tiny", r"list\.pt as evaluate-tiny: "),
     ],
 )
 def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(

@@ -64,7 +64,6 @@ def test_superclasses_are_cut_to_the_classes_of_a_dataset(tmp_path) -> None:
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
     for name, count, superclasses in (
         ("imagenet1k", 1000, 67),
-        ("imagenet-a", 200, 59),
         ("imagenet-r", 200, 49),
     ):
         data = datasets.classification(tmp_path, name, images, [*map(str, range(count))], None)

@@ -73,7 +73,6 @@ PROBES = {"May 2022", "April 2022"}
     [
         ("dtd", 1880, 3760, "linear_probe", PROBES, False),
         ("dtd", 1880, 1880, "linear_probe", set(), True),
-        ("cifar10", 20, 0, "top1", set(), True),
         # Not the paper's runs on less data.
         ("imagenet1k", 50_000, 0, "top1", {"paper", "reproduced"}, False),
     ],

@@ -40,20 +40,24 @@ def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
     return again
 
 
-CHANGES = """
---model RN101, --seed 1, --epochs 40, --lr 1e-4, --wd 1, --warmup 1, --beta1 0.5, --eps 1e-3
---batch-size 4, --accum-freq 2, --precision bf16, --grad-clip-norm 1, --train-num-samples 9
---lambda-inmodal 1, --reference-batch-size 64, --same-captions ignored, --lr-scheduler const
---lambda-warmup 9, --force-image-size 48, --siglip, --lock-image, --lock-text
---use-bn-sync, --local-loss
+MAY_DIFFER = """
+train_data val_data imagenet_val imagenet_v2 cache_dir logs log_local name resume model_config
+save_frequency save_most_recent delete_previous_checkpoint copy_codebase remote_sync
+remote_sync_frequency remote_sync_protocol fsdp_checkpoint debug report_to wandb_notes
+wandb_project_name log_every_n_steps log_metric_every_n_steps train_loss_ema_samples val_frequency
+zeroshot_frequency val_retrieval_chunk_size val_retrieval_precision workers bucket_prefetch_pools
+device rank dist_url dist_backend no_set_device_rank ddp_static_graph fsdp
+fsdp_no_reshard_after_forward fsdp_offload_cpu impl dist_impl loss_dist_impl grad_checkpointing
+trace torchscript torchcompile torchcompile_strategy torchcompile_backend torchcompile_mode
 """
 
 
 def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(resume_run) -> None:
-    for change in CHANGES.strip().replace("\n", ", ").split(", "):
-        name = change.split()[0].strip("-").replace("-", "_")
-        with pytest.raises(UsageError, match=f"begun with {name} = .*, not .*: choose another"):
-            resume_run(change)
+    settings = vars(resume_run())
+    refused = {
+        name for name, x in settings.items() if resume.first_difference({name: "other"}, {name: x})
+    }
+    assert settings.keys() - refused == settings.keys() & MAY_DIFFER.split()
     with pytest.raises(UsageError, match="begun with views = None, not own: choose another"):
         resume_run(ours="--views own")
     with pytest.raises(UsageError, match="begun with opt = lion, not adamw: choose another"):
@@ -73,7 +77,6 @@ def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path) -> None:
 def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, monkeypatch) -> None:
     """A new version of OpenCLIP may add such a flag."""
     resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug --val-frequency 2")
-    resume_run(**dict.fromkeys(resume.MAY_DIFFER, "another value"))
     parse_args = command.trainer.parse_args
 
     def with_new_flag(flags: list[str]) -> object:

@@ -422,7 +422,7 @@ def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks) -> None:
     assert ranks.run(3, number_of_runs) == [0, 4, 4]
 
 
-def test_a_mapped_output_terms_and_a_scale_outside_of_the_model() -> None:
+def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model() -> None:
     def features(output: Names) -> tuple[Tensor, ...]:
         return output["image_features"], output["text_features"]
 
