@@ -49,7 +49,7 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
         pretrain products 2048 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 5.6e-3 \
             --warmup 11
     done
-    # One caption for each class: most negatives of a batch are false, unless the ids leave them out.
+    # One caption for each class: a pair has 1.6 false negatives in its batch, unless ids leave them out.
     for setting in clip g-quarter clip-ids g-quarter-ids; do
         pretrain tiny-imagenet 256 $setting "$seed" --train-num-samples 79955 --epochs 2 --lr 2e-3 \
             --warmup 62
