@@ -27,11 +27,7 @@ from torch.nn.functional import softplus
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
 
-MODULES: dict[str, Any] = {
-    "cyclip": CyCLIPLoss,
-    "siglip": CySigLIPLoss,
-    "penalties": CyclicPenalty,
-}
+MODULES: dict[str, Any] = {"cyclip": CyCLIPLoss, "siglip": CySigLIPLoss, "penalties": CyclicPenalty}
 
 
 def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:

@@ -22,12 +22,7 @@ import torch
 from hypothesis import settings
 from interpreter import speed_up
 from pool import Ranks
-from support import (
-    fill_fresh_memory_with_nan,
-    forget_warnings,
-    needs_triton,
-    set_small_blocks,
-)
+from support import fill_fresh_memory_with_nan, forget_warnings, needs_triton, set_small_blocks
 
 from cyclip_loss import numerics
 

@@ -23,6 +23,7 @@ def speed_up() -> None:
         if hasattr(replace_functions, "cache_info"):
             return
         builder.options = replace(builder.options, sanitize_overflow=False)
+        # Triton 3.4 never puts the functions back, and has no such class.
         nothing_to_put_back = getattr(interpreter, "_LangPatchScope", object)()
 
         @lru_cache

@@ -160,11 +160,7 @@ def contrastive_bound(
 
 
 def gradient_sizes(
-    case: Case,
-    logits: Tensor,
-    ids: Tensor | None,
-    negative_ids: Tensor | None,
-    has_pairs: bool,
+    case: Case, logits: Tensor, ids: Tensor | None, negative_ids: Tensor | None, has_pairs: bool
 ) -> Tensor:
     """(n, m): N times the sum of the absolute values of the terms that each G_ij is computed from.
 

@@ -48,10 +48,7 @@ def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels that sum take several blocks."""
     from cyclip_loss.kernels import configs
 
-    for config, size, value in (
-        (configs.JOIN_LSE, "TILES", 2),
-        (configs.SUM, "BLOCK", 2),
-    ):
+    for config, size, value in ((configs.JOIN_LSE, "TILES", 2), (configs.SUM, "BLOCK", 2)):
         for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once
             monkeypatch.setitem(sizes, size, value)
 

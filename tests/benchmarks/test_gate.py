@@ -51,7 +51,7 @@ def compiled() -> tuple[set[str], list[str]]:
     """The kernels of the variants in two precisions, and the faults of a `contrastive_grads`."""
     variants = gate.variants("sm_90", "bfloat16")
     built = next(v for v in variants if v.name == "contrastive_grads")
-    names = {variant.name for variant in (*variants, *gate.variants("sm_90", "float32 tf32"))}
+    names = {variant.name for variant in variants + gate.variants("sm_90", "float32 tf32")}
     return names, gate.faults(built, gate.build(built))
 
 

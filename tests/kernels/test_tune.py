@@ -86,12 +86,7 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
 
 @pytest.mark.parametrize(
     ("shipped_ms", "ms", "chosen"),
-    [
-        (1.0, 0.97, True),
-        (1.0, 0.99, False),
-        (torch.inf, 5.0, True),
-        (torch.inf, torch.inf, False),
-    ],
+    [(1.0, 0.97, True), (1.0, 0.99, False), (torch.inf, 5.0, True), (torch.inf, torch.inf, False)],
 )
 def test_a_candidate_is_chosen_if_it_is_two_percent_faster_and_there_is_time_for_it(
     shipped_ms: float, ms: float, chosen: bool, monkeypatch

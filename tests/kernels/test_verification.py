@@ -67,10 +67,7 @@ POSITIVES = {"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}
 STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
     ({"dtype": torch.float32}, PLAIN),
-    (
-        {"dtype": torch.float32, "function": "siglip"},
-        (SIGMOID, GRAMS, CYCLIC_GRADS),
-    ),
+    ({"dtype": torch.float32, "function": "siglip"}, (SIGMOID, GRAMS, CYCLIC_GRADS)),
     ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
     (POSITIVES, (SIGMOID,)),

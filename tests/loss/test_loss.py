@@ -8,17 +8,7 @@ import rounding
 import torch
 from accuracy import check_loss, exact_results
 from hypothesis import given
-from inputs import (
-    DTYPES,
-    FEATURES,
-    FOR_KERNELS,
-    FUNCTIONS,
-    INPUTS,
-    TERMS,
-    VIEWS,
-    Case,
-    cases,
-)
+from inputs import DTYPES, FEATURES, FOR_KERNELS, FUNCTIONS, INPUTS, TERMS, VIEWS, Case, cases
 from support import examples, needs_triton, setting
 from torch import Tensor
 

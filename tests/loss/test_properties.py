@@ -21,13 +21,7 @@ from inputs import FEATURES, NEGATIVES, Tensors
 from support import examples, strips_of
 from torch import Tensor
 
-from cyclip_loss import (
-    CyclicPenalty,
-    CyCLIPLoss,
-    CySigLIPLoss,
-    contrastive_logsumexp,
-    reference,
-)
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
 
 Rows = list[list[int]]
 IDS = ("ids", "negative_image_ids", "negative_text_ids")

@@ -16,12 +16,7 @@ from pool import Ranks, own_device
 from rank_cases import RankCase
 from support import forget_warnings
 
-from cyclip_loss import (
-    CyCLIPLoss,
-    CyCLIPWarning,
-    consistency_metrics,
-    usage_warnings,
-)
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_warnings
 
 Call = dict[str, Any]  # the options of a rank's `Case`, and these of the function under test:
 NO_EFFECT = (

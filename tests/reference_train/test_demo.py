@@ -15,13 +15,7 @@ import torch
 from cyclip_loss import CyCLIPLoss, CySigLIPLoss
 from reference_train import __main__ as cli
 from reference_train.command_line import RunFailed, UsageError
-from reference_train.data.emoji import (
-    ALL_STYLES,
-    SHIFT_STYLES,
-    TRAIN_STYLES,
-    Concept,
-    EmojiSet,
-)
+from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, Concept, EmojiSet
 from reference_train.demo import demo as command
 from reference_train.demo import train
 from reference_train.demo.batches import augment

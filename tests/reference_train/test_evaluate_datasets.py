@@ -3,11 +3,7 @@
 import open_clip
 import pytest
 import torch
-from miniature import (
-    picture,
-    write_image_folder,
-    write_set,
-)
+from miniature import picture, write_image_folder, write_set
 from timm.data.imagenet_info import ImageNetInfo
 
 from reference_train.evaluate import datasets, paper
@@ -62,10 +58,7 @@ def test_imagenets_class_names_in_another_order_are_refused(tmp_path) -> None:
 def test_superclasses_are_cut_to_the_classes_of_a_dataset(tmp_path) -> None:
     """The numbers of superclasses are those in the authors' histograms."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
-    for name, count, superclasses in (
-        ("imagenet1k", 1000, 67),
-        ("imagenet-r", 200, 49),
-    ):
+    for name, count, superclasses in (("imagenet1k", 1000, 67), ("imagenet-r", 200, 49)):
         data = datasets.classification(tmp_path, name, images, [*map(str, range(count))], None)
         found = data.classes[""].superclass
         assert (len(found), len(found.unique())) == (count, superclasses)

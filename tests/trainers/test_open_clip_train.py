@@ -25,13 +25,7 @@ from recipe_cases import TEXT, VISION
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cyclip_loss import (
-    CyCLIPLoss,
-    CySigLIPLoss,
-    WithCyclicPenalty,
-    caption_ids,
-    open_clip_train,
-)
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
 from reference_train.data.emoji import EMOJI_FOLDER
 
 
@@ -183,11 +177,7 @@ RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
         (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_32)),
         (Other(), (), WithCyclicPenalty(Other(), **OF_32)),
         (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_32)),
-        (
-            DistillClipLoss(),
-            ("--reference-batch-size", "0"),
-            WithCyclicPenalty(DistillClipLoss()),
-        ),
+        (DistillClipLoss(), ("--reference-batch-size", "0"), WithCyclicPenalty(DistillClipLoss())),
     ],
 )
 def test_a_loss_is_replaced_or_gets_the_penalties(
@@ -236,6 +226,7 @@ def test_unsupported_runs_stop_with_one_line(
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
+        ("--lambda-warmup", "half", "fraction of all steps up to 1.0, not half"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:
@@ -272,6 +263,7 @@ def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeyp
         ("cosine_lr", "4", 4, 0),
         ("const_lr", "8", 8, 1),
         ("const_lr_cooldown", "0.8", 8, 1),
+        ("cosine_lr", "1.0", 10, 0),
     ],
 )
 def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
@@ -294,6 +286,7 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
         (ClipLoss(), 3, (), False),
         (ClipLoss(), 2, CONSTANT, False),
         (ClipLoss(), 3, CONSTANT, True),
+        (CoCaLoss(2.0, 1.0), 3, (), True),
         (ClipLoss(), 3, (*CONSTANT, "--lambda-warmup", "8"), False),
         (SigLipLoss(), 3, ("--siglip", *ONE), False),
     ],
@@ -332,9 +325,7 @@ def test_the_command_fails_if_the_trainer_fails(monkeypatch) -> None:
         launch(trainer, monkeypatch)
 
 
-def test_without_open_clips_trainer_one_line_says_what_to_install(
-    monkeypatch,
-) -> None:
+def test_without_open_clips_trainer_one_line_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip_train.main", None)
     with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):
         open_clip_train.main([])
