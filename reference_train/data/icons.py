@@ -7,7 +7,6 @@ It takes about eight minutes to draw the icons of npm's `@iconify/json` (104 MB)
   manifest.json  the icon sets, their authors and licences, and which icons are left out and why
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -34,20 +33,15 @@ CHUNK = 64  # icons in a task of the process pool
 PICTURES_OF_A_NAME = {"train": 40, "val": 1}  # at most
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with their defaults. Raises `UsageError`."""
+def main(argv: Sequence[str]) -> None:
+    """Downloads the package, draws the icons, and writes the shards and the manifest."""
     parser = Parser("python -m reference_train.data.icons", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     text = "the file that `npm pack @iconify/json` downloads; default: it is downloaded"
     add("--package", type=Path, metavar="FILE", help=text)
     add("--limit", type=whole_number(1), metavar="N", help="draw N icons, picked at random")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Downloads the package, draws the icons, and writes the shards and the manifest."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or Path(temporary) / "icons.tgz"
         if not arguments.package:

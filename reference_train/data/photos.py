@@ -11,7 +11,6 @@ this project, because not all of their licences allow that. The folder gets
 `evaluate --data` reads the four folders. Hashes of names decide which part a photograph is in.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -68,20 +67,18 @@ class Repository:
         if not self.folder.exists():
             git("clone", "--bare", "--progress", f"https://github.com/{name}", self.folder)
         # Each entry is "MODE blob NAME\tPATH".
-        entries = self.git("ls-tree", "-r", "-z", self.commit).decode().split("\0")[:-1]
+        listed = git("-C", self.folder, "ls-tree", "-r", "-z", self.commit)
+        entries = listed.decode().split("\0")[:-1]
         self.blobs = {entry.split("\t")[1]: entry.split()[2] for entry in entries}
-
-    def git(self, *arguments: str, stdin: str = "") -> bytes:
-        """The output of a git command in this repository."""
-        return git("-C", self.folder, *arguments, stdin=stdin)
 
     def text(self, path: str) -> str:
         """The content of a file."""
-        return self.git("show", f"{self.commit}:{path}").decode()
+        return git("-C", self.folder, "show", f"{self.commit}:{path}").decode()
 
     def contents(self, blobs: Sequence[str]) -> Iterator[bytes]:
         """The contents of blobs, in their order."""
-        output = io.BytesIO(self.git("cat-file", "--batch", stdin="\n".join(blobs)))
+        found = git("-C", self.folder, "cat-file", "--batch", stdin="\n".join(blobs))
+        output = io.BytesIO(found)
         for _ in blobs:
             size = output.readline().split()[-1]  # NAME blob SIZE
             yield output.read(int(size))
@@ -216,18 +213,13 @@ def square_jpeg(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with their defaults. Raises `UsageError`."""
+def main(argv: Sequence[str]) -> None:
+    """Clones the repositories, and writes the shards and the manifest."""
     parser = Parser("python -m reference_train.data.photos", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     text = "clones of the repositories; missing ones are cloned into it; default: %(default)s"
     parser.add_argument("--clones", type=Path, default="runs/clones", metavar="DIR", help=text)
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Clones the repositories, and writes the shards and the manifest."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     with new_folder(arguments.out) as out:
         pictures, titles, tiny = (Repository(name, arguments.clones) for name in SOURCES)
         entries = {}
@@ -237,10 +229,9 @@ def main(argv: Sequence[str]) -> None:
         ):
             for pattern, photos in parts.items():
                 entries[pattern] = write(pattern, photos, repository, out)
+                print(f"{pattern}: {len(photos):,} photographs")
         manifest = {"sources": SOURCES, "parts": entries}
         (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for pattern, entry in entries.items():
-        print(f"{arguments.out}/{pattern}: {entry['photographs']:,} photographs")
 
 
 if __name__ == "__main__":

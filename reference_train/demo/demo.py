@@ -29,7 +29,12 @@ PRESETS = {
 }
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023: at the start of training
 # Settings that an option changes -> the option's word in the names of runs.
-OPTIONS = {"steps": "steps", "batch_size": "batch", "penalty_weight": "lambda"}
+OPTIONS = {
+    "steps": "steps",
+    "batch_size": "batch",
+    "penalty_weight": "lambda",
+    "lambda_progress": "progress",
+}
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
@@ -56,10 +61,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=whole_number(1), metavar="N", help=text)
     text = f"λ of each penalty that the loss has; default: {PENALTY_WEIGHT}"
     add("--lambda", type=float, metavar="W", dest="penalty_weight", help=text)
+    text = "multiply the penalties by the progress of CLIP's loss"
+    add("--lambda-progress", action="store_true", default=None, help=text)
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out or Path("runs") / arguments.preset
+    if arguments.lambda_progress and any(LOSSES[loss].siglip for loss in arguments.loss):
+        raise UsageError("--lambda-progress: SigLIP's loss has no progress")
     return arguments
 
 
@@ -73,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
         **PRESETS[arguments.preset],
         "penalty_weight": PENALTY_WEIGHT,
         "reference_batch_size": REFERENCE_BATCH_SIZE,
+        "lambda_progress": False,
         **given,
     }
     command = shlex.join(["python", "-m", "reference_train", *argv])

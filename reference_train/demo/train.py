@@ -57,8 +57,8 @@ def between_views_loss(
 def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> dict[str, Any]:
     """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
 
-    config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size, and the
-        initial logit_scale (exponentiated).
+    config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size,
+        lambda_progress, and the initial logit_scale (exponentiated).
 
     Returns {"seconds": float, "history": [the metrics of each step]}. Raises `RunFailed` if the
     loss is not finite.
@@ -99,11 +99,13 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> di
 
 def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
     """The loss function, with the penalties that the loss has."""
+    progress = {} if loss.siglip else {"lambda_progress": config.lambda_progress}
     loss_class = CySigLIPLoss if loss.siglip else CyCLIPLoss
     return loss_class(
         config.penalty_weight * loss.inmodal,
         config.penalty_weight * loss.crossmodal,
         reference_batch_size=config.reference_batch_size,
+        **progress,
     )
 
 

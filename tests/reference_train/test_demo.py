@@ -4,7 +4,7 @@ import shlex
 import signal
 from argparse import Namespace
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished) -> None:
 
 
 def test_a_folder_of_other_settings_is_refused(finished) -> None:
-    with pytest.raises(UsageError, match="steps = 5, not 1500: choose another"):
-        demonstrate(f"--preset long --loss i-cyclip --out {finished}")
+    for flags, setting in (("--preset long", "steps = 5, not 1500"), ("--lambda-progress", "True")):
+        with pytest.raises(UsageError, match=f"{setting}: choose another"):
+            demonstrate(f"{flags} --loss i-cyclip --out {finished}")
     with pytest.raises(UsageError, match="--batch-size 17: there are 16 concepts"):
         demonstrate(f"--batch-size 17 --out {finished}/new")
 
@@ -107,12 +108,12 @@ def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(l
     """The model's features are those of all first views, and then those of all second views."""
     about, (x, y) = LOSSES[loss], torch.nn.functional.normalize(torch.randn(2, 18, 5), dim=-1)
     logits = {"logit_scale": torch.tensor(10.0)}
-    loss_class = CyCLIPLoss
+    loss_class: Any = partial(CyCLIPLoss, lambda_progress=True)
     if "siglip" in loss:
         logits["logit_bias"], loss_class = torch.tensor(-3.0), CySigLIPLoss
     output = {"image_features": x, "text_features": y, **logits}
     clip: Any = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
-    config = Namespace(penalty_weight=0.5, reference_batch_size=4)
+    config = Namespace(penalty_weight=0.5, reference_batch_size=4, lambda_progress=True)
     terms, found = train.compute_terms(clip, about, train.build_loss(config, about), x, y)
     torch.testing.assert_close(found, logits)
     (i, i2), (t, t2) = (z.chunk(2) if about.views else (z, z) for z in (x, y))

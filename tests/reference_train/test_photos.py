@@ -67,7 +67,7 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch) ->
     # Of the shoes, 34 and 35 and those with their titles are for the test.
     monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
     out = tmp_path / "out"
-    photos.main(["--out", str(out), "--clones", str(clones)])
+    photos.main(f"--out {out} --clones {clones}".split())
     parts = json.loads((out / "manifest.json").read_text())["parts"]
     assert {part: entry["photographs"] for part, entry in parts.items()} == {
         "products-new-types/test/%d.tar": 33,
@@ -84,15 +84,12 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch) ->
     )
     assert (len(train), test) == (7, {"Shoe 7", "Shoe 8"})
     assert not train & test
-    found = find([out])
-    new_types = found["products-new-types"]()
-    assert new_types.classes[""].names == ["Hat"]
-    new_classes = found["tiny-imagenet-new"]()
-    assert new_classes.classes[""].names == ["goldfish, fish"]
+    for name, new_class in (("products-new-types", "Hat"), ("tiny-imagenet-new", "goldfish, fish")):
+        assert find([out])[name]().classes[""].names == [new_class]
 
 
 def test_a_clone_without_the_commit_is_refused(clones, tmp_path) -> None:
     photos.SOURCES[photos.TINY] = "0" * 40
     with pytest.raises(RunFailed, match=r"IMagenet.*0000"):
-        photos.main(["--out", str(tmp_path / "out"), "--clones", str(clones)])
+        photos.main(f"--out {tmp_path}/out --clones {clones}".split())
     assert not (tmp_path / "out").exists()

@@ -57,7 +57,7 @@ def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
     monkeypatch.setattr(train, "track", lambda *_: range(5))  # the schedule is that of 620 steps
     monkeypatch.setattr(demo, "measure", lambda *_: {"numbers": {}, "groups": {}})
     monkeypatch.setattr(demo.report, "write", lambda *_: None)
-    demo.main(["--device", "cpu", "--loss", loss, "--out", str(tmp_path)])
+    demo.main(f"--device cpu --loss {loss} --out {tmp_path}".split())
     last = records.read_evaluation(tmp_path)["history"][f"{loss}-0"][-1]
     terms = [value for name, value in last.items() if name.endswith("_loss")]
     assert terms == pytest.approx(KNOWN[loss], abs=2e-3)
