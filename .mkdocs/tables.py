@@ -7,9 +7,9 @@ A table stands on its page below a comment with its name: `<!-- table icons -->`
 in tables.txt, a block of lines for each table:
 
     icons
-    reference_train/results/icons: runs.txt evaluation-8.json
+    reference_train/results/icons: runs.txt
     loss, steps | R@10 = icons recall | runs = runs
-    * CLIP, 512 = runs/clip-?; evaluation-8/clip-?
+    * CLIP, 512 = runs/clip-[012]; runs/again-clip-?
     CyCLIP, 512 = runs/cyclip-?
 
 The first line is the name. The second line has the records. The third line has the heading of the
