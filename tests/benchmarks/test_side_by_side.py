@@ -84,16 +84,18 @@ def with_wrong_gradient(*inputs: Any) -> torch.Tensor:
 def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
     make: Any, outcome: str, monkeypatch
 ) -> None:
-    measured = lambda steps, *_: {name: [2.0, 9.0, 3.0] for name in steps}  # noqa: E731
-    monkeypatch.setattr(cost.measure, "interleaved", measured)
+    # Three rounds take 2, 9 and 3 ms. After the first, 9 s have passed, so no more rounds fit.
+    clock = iter([0, 0, 0.002, 9, 0, 0.009, 0, 0.003])
+    monkeypatch.setattr(cost.measure, "time", SimpleNamespace(perf_counter=clock.__next__))
     run = Run(CPU)
     too_large = Competitor("for smaller N", make, up_to=15)
-    cost.add_costs(run, [Competitor(OURS, make), too_large], replace(PLAN, sizes=((16, 8),)))
+    plan = replace(PLAN, sizes=((16, 8),), min_rounds=3)
+    cost.add_costs(run, [Competitor(OURS, make), too_large], plan)
     (row,) = run.section.rows
     assert (row["loss"], row["outcome"]) == (OURS, outcome)
     assert ("ms" in row) == (outcome == "ok")
     if outcome == "ok":
-        assert (row["ms"], row["TFLOP/s"]) == (3, pytest.approx(8 * 16**2 * 8 / 3e9))
+        assert (row["ms"], row["TFLOP/s"]) == pytest.approx((3, 8 * 16**2 * 8 / 3e9))
         assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
 
 

@@ -200,4 +200,4 @@ def test_a_nan_loss_ends_the_run(emoji, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFailed, match="clip-0: the loss is nan, at step"):
         demonstrate("")
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
+    assert (tmp_path / "runs" / "short").is_dir()
