@@ -139,7 +139,7 @@ def products(pictures: Repository, titles: Repository) -> Parts:
 
 
 def tiny_imagenet(repository: Repository) -> Parts:
-    """Tiny-ImageNet. The caption of a training image is its class and the superclass of this."""
+    """Tiny-ImageNet. A caption names the image's class and the superclass of this."""
     root = "tiny-imagenet-200/"
     lines = repository.text(f"{root}val/val_annotations.txt").splitlines()
     class_of = dict(line.split("\t")[:2] for line in lines)
@@ -169,10 +169,10 @@ def tiny_imagenet(repository: Repository) -> Parts:
 
 
 def class_names(identifiers: Sequence[str]) -> dict[str, str]:
-    """The name and the superclass of ImageNet's classes: "n02124075" -> "Egyptian Mau, cat"."""
+    """The texts of ImageNet's classes: "n01443537" -> "a photo of a goldfish, fish"."""
     superclass = paper.imagenet_superclasses()
     index = {x: ImageNetInfo("imagenet-1k").label_names().index(x) for x in identifiers}
-    return {x: f"{IMAGENET_CLASSNAMES[i]}, {superclass[i]}" for x, i in index.items()}
+    return {x: f"a photo of a {IMAGENET_CLASSNAMES[i]}, {superclass[i]}" for x, i in index.items()}
 
 
 def write(pattern: str, photos: list[Photo], repository: Repository, out: Path) -> dict[str, Any]:

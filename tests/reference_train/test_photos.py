@@ -22,7 +22,7 @@ def clone(folder: Path, files: dict[str, bytes]) -> str:
     for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm files"):
         subprocess.run(["git", "-C", folder, *command.split()], check=True)
     head = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    return subprocess.run(head, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+    return subprocess.check_output(head, text=True).strip()
 
 
 # 33 hats and 27 shoes, of which three have the same title each. Shoe 40 has the title of a hat.
@@ -84,7 +84,10 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch) ->
     )
     assert (len(train), test) == (7, {"Shoe 7", "Shoe 8"})
     assert not train & test
-    for name, new_class in (("products-new-types", "Hat"), ("tiny-imagenet-new", "goldfish, fish")):
+    for name, new_class in (
+        ("products-new-types", "Hat"),
+        ("tiny-imagenet-new", "a photo of a goldfish, fish"),
+    ):
         assert find([out])[name]().classes[""].names == [new_class]
 
 
