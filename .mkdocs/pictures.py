@@ -1,10 +1,10 @@
-"""Draw the two pictures of the README into docs/, and that of the photographs' results.
+"""Draw the pictures of the pages.
 
     python .mkdocs/pictures.py
 
 penalties.png: what the two penalties compare. cost.png: time and memory of a step, from the record
-benchmarks/results/results.csv. differences.png: differences to CLIP with their intervals. White
-backgrounds keep them readable in dark mode.
+benchmarks/results/results.csv. default.png and the photographs' differences.png: differences to
+CLIP with their intervals. White backgrounds keep them readable in dark mode.
 """
 
 from statistics import mean
@@ -17,9 +17,8 @@ from tables import ROOT, SPECS, compared_rows, interval, runs_of
 
 RECORD = ROOT / "benchmarks/results/results.csv"
 DEVICE = "AMD EPYC, threads: 2, float32"
-# A table, whose rows are "BATCH, LOSS" and whose first column is drawn in differences.png.
-DIFFERENCES = "photos-batches"
 COLOURS = {True: "tab:green", False: "tab:red", None: "tab:gray"}  # ahead, behind, not shown
+Row = tuple[str, list[float], list[float]]  # label, values, and those of CLIP
 IN_MODAL, CROSS_MODAL, PAIR = "#D55E00", "#0072B2", "#999999"
 # The record's name of a loss: its label, and its style. Okabe and Ito's colours, and markers.
 LOSSES = {
@@ -84,17 +83,10 @@ def draw_cost() -> None:
     figure.savefig(ROOT / "docs/cost.png")
 
 
-def draw_differences() -> None:
-    """Draws a row for each loss: its difference to CLIP's R@10, with the 95% interval."""
-    rows = [
-        (title, next(iter(values.values())), next(iter(baseline.values())))
-        for title, values, baseline in compared_rows(SPECS[DIFFERENCES])
-    ]
-    rows = [row for row in rows if row[1] == row[2] or interval(*row[1:])]
-    figure, axes = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
-    labels = []
-    for y, (title, values, baseline) in enumerate(rows):
-        labels.append(f"{title}: {100 * mean(values):.1f}%")
+def draw_differences(file: str, title: str, note: str, rows: list[Row]) -> None:
+    """Draws a row for each setting: the difference of its mean to CLIP's, with the 95% interval."""
+    figure, axes = plt.subplots(figsize=(8.5, 0.35 * len(rows) + 1.4), layout="constrained")
+    for y, (_, values, baseline) in enumerate(rows):
         if bounds := interval(values, baseline):
             low, high = (100 * bound for bound in bounds)
             ahead = None if low <= 0 <= high else low > 0
@@ -104,19 +96,55 @@ def draw_differences() -> None:
         else:
             axes.plot(0, y, "k|", markersize=12)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), labels)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(
-        "← worse      points of R@10, with the 95% interval      better →\n"
-        "grey: no difference is shown"
+    axes.set_xlabel("← worse      points, with the 95% interval      better →")
+    figure.supxlabel(f"Grey: no difference to CLIP is shown. {note}", fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(ROOT / file, dpi=110)
+
+
+def first_column(name: str) -> list[Row]:
+    """The rows of a table: title, the values in its first column, and those of the baseline."""
+    return [
+        (title, next(iter(values.values())), next(iter(baseline.values())))
+        for title, values, baseline in compared_rows(SPECS[name])
+    ]
+
+
+def draw_photographs() -> None:
+    """All losses on the photographs of products."""
+    draw_differences(
+        "reference_train/results/photos/differences.png",
+        "Photographs of products: finding the right one of 1,904 titles, and the reverse",
+        "Each row: pairs in a batch, loss, R@10.\nR is reference_batch_size: the penalties are as "
+        "strong as the paper's with 128, a quarter of that with 32.",
+        [
+            (f"{title}: {100 * mean(values):.1f}%", values, baseline)
+            for title, values, baseline in first_column("photos-batches")
+            if values == baseline or interval(values, baseline)
+        ],
     )
-    figure.suptitle(
-        "Photographs of products: finding the right one of 1,904 titles, and the reverse"
+
+
+def draw_default() -> None:
+    """The default setting in each task of the table of λ."""
+    rows, task = [], ""
+    for title, values, baseline in first_column("lambda"):
+        if title.endswith(": CLIP"):
+            task = title.removesuffix(": CLIP").removesuffix(", E")
+        if title.endswith("(default)"):
+            rows.append((task, values, baseline))
+    draw_differences(
+        "docs/default.png",
+        "CyCLIPLoss(reference_batch_size=32, lambda_progress=True) against CLIP's loss",
+        "Each row: data, pairs in a batch × steps; R@10, or the accuracy named.",
+        rows,
     )
-    figure.savefig(ROOT / "reference_train/results/photos/differences.png", dpi=110)
 
 
 if __name__ == "__main__":
     draw_penalties()
     draw_cost()
-    draw_differences()
+    draw_photographs()
+    draw_default()
