@@ -1,7 +1,7 @@
 #!/bin/sh
 # Pretrains on 250,000 icons, and evaluates on names and emoji that training never saw: CLIP,
 # CyCLIP and C-CyCLIP with three seeds, I-CyCLIP with one, then λ at five batch sizes: constant,
-# growing, and as the launcher has it by default. On two CPU cores the data take 8 minutes, a run of
+# with a warm-up, and as the launcher has it by default. On two CPU cores the data take 8 minutes, a run of
 # 20 epochs about 30, and a run of 8 epochs 12. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/icons.sh
 set -eu
@@ -45,8 +45,14 @@ for batch in 128 512 2048 4096; do
     done
 done
 
-# A quarter of λ, and λ that grows over 512 steps. NAME is SETTING-BATCH-SEED. With 512 steps in
-# batches of 1,024, that is over a share of 1.0.
+# R = 32, and R = 128 with a warm-up of 512 steps, where R is the reference batch size. NAME is
+# SETTING-BATCH-SEED. With 512 steps in batches of 1,024, the warm-up is a share of 1.0. The runs of
+# 20 epochs are SETTING-SEED.
+for seed in 0 1 2; do
+    pretrain clip-1024-$seed clip --seed $seed -- $(settings 1024)
+    pretrain cyclip-1024-$seed cyclip --seed $seed -- $(settings 1024)
+    pretrain quarter-$seed cyclip --seed $seed --reference-batch-size 32
+done
 for setting in 1024-0 1024-1 1024-2 2048-0 4096-0; do
     batch=${setting%-*} seed=${setting#*-}
     pretrain quarter-$setting cyclip --batch-size $batch --seed $seed --reference-batch-size 32 \
@@ -58,9 +64,9 @@ for setting in 1.0-1024-0 1.0-1024-1 1.0-1024-2 512-2048-0 512-2048-1 512-4096-0
     pretrain warmup-$setting cyclip --batch-size $batch --seed $seed --lambda-warmup $length \
         -- $(settings $batch)
 done
-# CLIP with a second seed. The run of the first seed is lambda-clip-BATCH-0.
-for batch in 2048 4096; do
-    pretrain clip-$batch-1 clip --batch-size $batch --seed 1 -- $(settings $batch)
+for setting in 2048-0 2048-1 4096-0 4096-1; do
+    batch=${setting%-*}
+    pretrain clip-$setting clip --batch-size $batch --seed ${setting#*-} -- $(settings $batch)
 done
 
 # The launcher's defaults, and CLIP. NAME is defaults-LOSS-BATCH-SEED.
@@ -80,7 +86,7 @@ done
 
 python -m reference_train evaluate "$out"/logs/*clip-? --data "$out/icons" --only icons emoji \
     --out "$out/evaluation"
-python -m reference_train evaluate "$out"/logs/[dlqw]* "$out"/logs/clip-*-1 --data "$out/icons" \
-    --only icons emoji --out "$out/evaluation-lambda"
+python -m reference_train evaluate "$out"/logs/[dlqw]* "$out"/logs/clip-*-? "$out"/logs/cyclip-*-? \
+    --data "$out/icons" --only icons emoji --out "$out/evaluation-lambda"
 python -m reference_train evaluate "$out"/logs/*siglip-? --data "$out/icons" --only icons emoji \
     --out "$out/evaluation-siglip"

@@ -14,13 +14,12 @@ out=${OUT:-runs/photos}
 
 # The run is called DATA-BATCH-SETTING-SEED. Flags are the trainer's.
 pretrain() { # DATA BATCH SETTING SEED FLAGS
-    name=$1-$2-$3-$4 data=$1 batch=$2 seed=$4
+    name=${1%-imagenet}-$2-$3-$4 data=$1 batch=$2 seed=$4
     ! grep -qs "^$name:" "$out/runs.txt" || return 0
-    # All but g-quarter have λ without the progress of CLIP's loss. Later flags override earlier ones.
+    # R = 128 is the reference batch size. Later flags override earlier ones.
     plain="--reference-batch-size 128 --no-lambda-progress"
     case $3 in
-    # g-quarter: the launcher's defaults, a quarter of λ times the progress of CLIP's loss
-    g-quarter*) loss="cyclip" ;;
+    g-quarter*) loss="cyclip" ;; # the default: R = 32, times the progress of CLIP's loss
     quarter) loss="cyclip $plain --reference-batch-size 32" ;;
     growing) loss="cyclip $plain --lambda-warmup 512" ;;
     *) loss="${3%-ids} $plain" ;;
@@ -39,7 +38,7 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
 
 # The learning rate was chosen for CLIP in batches of 256, and grows with the square root of their
 # size. Batches of 256 take 846 steps, those of 1,024 take 144, and those of 2,048 take 108. In these
-# a growing λ reaches 28 and 21% of its value.
+# the warm-up of λ (growing) reaches 28 and 21% of it.
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for setting in clip cyclip quarter growing g-quarter c-cyclip; do
         pretrain products 256 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 2e-3 \

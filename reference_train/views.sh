@@ -1,8 +1,9 @@
 #!/bin/sh
 # Compares losses with and without two views of each pair, at the same number of steps and in the
-# same time, with the demonstration, its long preset, and 250,000 icons: 36 short runs, 9 long runs
-# and 30 runs on icons, a day or more on two CPU cores; the records in results/views have the seconds
-# of each. The same command again resumes where it stopped.
+# same time, with the demonstration, its long preset, and 250,000 icons: 42 short runs (six with the
+# default settings, without views), 9 long runs and 30 runs on icons, a day or more on two CPU cores;
+# the records in results/views have the seconds of each. The same command again resumes where it
+# stopped.
 # Run from the repository: sh reference_train/views.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the presets train larger models or in another precision
@@ -19,6 +20,7 @@ demonstration time --steps 1178 --loss cyclip clip c-cyclip
 demonstration views --loss clip-views cyclip-views c-cyclip-views i-cyclip-views geometric
 demonstration pairs --loss clip cyclip c-cyclip i-cyclip
 python -m reference_train report "$out/pairs" "$out/views" "$out/time" --out "$out/short"
+demonstration default --loss clip cyclip --lambda 0.03125 --lambda-progress
 demonstration long --preset long --loss clip-views cyclip-views c-cyclip-views
 
 icons=${ICONS:-runs/icons/icons} # where `sh reference_train/icons.sh` draws them

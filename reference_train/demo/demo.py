@@ -17,7 +17,7 @@ from ..evaluate.checkpoints import default_precision
 from ..evaluate.demonstration import DATASETS, open_dataset
 from ..evaluate.metrics import measure
 from ..files import write_text
-from ..losses import LOSSES, PENALTY_WEIGHT
+from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
 from ..runs import PARAMETERS
 from .batches import EmojiBatches
 from .model import MODEL, TINY, build_model
@@ -67,8 +67,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out or Path("runs") / arguments.preset
-    if arguments.lambda_progress and any(LOSSES[loss].siglip for loss in arguments.loss):
-        raise UsageError("--lambda-progress: SigLIP's loss has no progress")
+    if arguments.lambda_progress and not {*arguments.loss} <= {*WITH_ONE_VIEW}:
+        raise UsageError(f"--lambda-progress: only with --loss {', '.join(WITH_ONE_VIEW)}")
     return arguments
 
 

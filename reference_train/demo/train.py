@@ -26,8 +26,8 @@ from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 MAX_GRADIENT_NORM = 1.0
-# As the batch: the paper's formula, whose penalties are twice as strong as with the 128 that is
-# advised elsewhere. All records of the demonstration were made with it, with three seeds.
+# As the batch: the paper's formula, whose penalties are twice as strong as in the paper's batches
+# of 128. All records of the demonstration were made with it, with three seeds.
 REFERENCE_BATCH_SIZE = 256
 WARMUP_SHARE = 0.1  # of all steps
 

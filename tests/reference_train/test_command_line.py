@@ -15,7 +15,7 @@ from reference_train.demo import demo
     [
         ("--loss coca", "--loss: invalid choice: 'coca'"),
         ("--seeds many", "--seeds: invalid number value: 'many'"),
-        ("--loss siglip --lambda-progress", "SigLIP's loss has no progress"),
+        ("--loss geometric --lambda-progress", "only with --loss clip, cyclip, c-cyclip"),
         ("--out /dev/null/runs", "can't be written"),
         ("report .", "is no evaluation.json"),
     ],
