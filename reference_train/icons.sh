@@ -58,7 +58,8 @@ for setting in 1024-0 1024-1 1024-2 2048-0 4096-0; do
     pretrain quarter-$setting cyclip --batch-size $batch --seed $seed --reference-batch-size 32 \
         -- $(settings $batch)
 done
-for setting in 1.0-1024-0 1.0-1024-1 1.0-1024-2 512-2048-0 512-2048-1 512-4096-0 512-4096-1; do
+for setting in 1.0-1024-0 1.0-1024-1 1.0-1024-2 512-2048-0 512-2048-1 512-4096-0 512-4096-1 \
+    512-4096-2; do
     length=${setting%%-*} seed=${setting##*-}
     batch=${setting%-*} batch=${batch#*-}
     pretrain warmup-$setting cyclip --batch-size $batch --seed $seed --lambda-warmup $length \
