@@ -21,8 +21,7 @@ def clone(folder: Path, files: dict[str, bytes]) -> str:
         (folder / name).write_bytes(content)
     for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm files"):
         subprocess.run(["git", "-C", folder, *command.split()], check=True)
-    head = ["git", "-C", folder, "rev-parse", "HEAD"]
-    return subprocess.check_output(head, text=True).strip()
+    return subprocess.check_output(["git", "-C", folder, "rev-parse", "HEAD"], text=True).strip()
 
 
 # 33 hats and 27 shoes, of which three have the same title each. Shoe 40 has the title of a hat.
