@@ -16,7 +16,8 @@ out=${OUT:-runs/photos}
 pretrain() { # DATA BATCH SETTING SEED FLAGS
     name=${1%-imagenet}-$2-$3-$4 data=$1 batch=$2 seed=$4
     ! grep -qs "^$name:" "$out/runs.txt" || return 0
-    # R = 128 is the reference batch size. Later flags override earlier ones.
+    # R, the reference batch size, is 128 where a setting does not say otherwise, because later flags
+    # override earlier ones.
     plain="--reference-batch-size 128 --no-lambda-progress"
     case $3 in
     g-quarter*) loss="cyclip" ;; # the default: R = 32, times the progress of CLIP's loss
