@@ -23,8 +23,6 @@ from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Operations on tensors of other types, such as fake tensors, may be recorded instead of executed.
-ORDINARY_TENSORS = {Tensor, torch.nn.Parameter}
 # Modules and functions whose inputs were checked. Copies of a module are checked again.
 _checked: WeakSet[Any] = WeakSet()
 
@@ -58,12 +56,13 @@ def prepare(
     their argument's name.
     """
     if not isinstance(output_dict, bool):
-        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
+        hint = "lambdas go to the constructor, and ids by keyword"
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: {hint}")
     ranks = ranks_of(options.process_group, options.distributed)
     several = ranks.size > 1
     images, texts = check_features(image_features, text_features, may_be_empty=several)
     traced = _is_traced(images, texts)
-    if isinstance(options, ContrastiveModule) and options.distributed and not traced:
+    if isinstance(options, ContrastiveModule) and options.distributed:
         _check_rank(options, ranks)
     scale = check_scalar("logit_scale", logit_scale, images, traced)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images, traced)
@@ -106,9 +105,12 @@ def prepare(
     return Batch(images, texts, ranks, traced, function, scale, bias, tuple(comparisons), positives)
 
 
-def _is_traced(first: Tensor, second: Tensor) -> bool:
-    types = (type(first), type(second))
-    return torch.compiler.is_compiling() or not ORDINARY_TENSORS.issuperset(types)
+def _is_traced(*features: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    # Operations on tensors with a dispatch of their own, such as fake tensors, may be recorded
+    # instead of executed. Other subclasses are ordinary tensors.
+    return any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in features)
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:

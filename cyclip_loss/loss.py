@@ -55,7 +55,8 @@ class CyCLIPLoss(ContrastiveModule):
             row counts in every call, and the host waits.
         lambda_progress: multiply both penalties by the progress of CLIP's loss,
             clamp(1 - CLIP's loss / ln N, 0, 1), without gradient. So they have no weight at the
-            start of a training, where they would make all features alike.
+            start of a training, where they would make all features alike. With k positives of each
+            row, CLIP's loss is at least ln k, and the progress at most 1 - ln k / ln N.
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
@@ -69,7 +70,7 @@ class CyCLIPLoss(ContrastiveModule):
     Across ranks, every rank must call the loss, with the same options; each gets the loss of the
     global batch. Gradients averaged across ranks, as DDP and FSDP average them, are those of one
     process on the whole batch. The first call with a given configuration verifies that all ranks
-    agree. docs/distributed.md has the details, and lists the collectives.
+    agree. docs/distributed.md has the details.
 
     Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
@@ -299,7 +300,10 @@ class WithCyclicPenalty(CyclicPenalty):
                 raise TypeError(self._not_terms(got))
         if isinstance(terms, dict):
             return {**terms, **penalties}
-        return (*values, *penalties.values()) if several else terms + penalties
+        if several:
+            return (*values, *penalties.values())
+        # Of equal dimensions, the sum has the wider of both dtypes.
+        return terms + penalties.reshape(getattr(terms, "shape", ()))
 
     def _not_terms(self, got: str) -> str:
         return (

@@ -53,5 +53,5 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
     plan = Plan(contrastive, penalties, engine, strategy, output_dict, with_cross)
     if not batch.traced and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%d pairs in all, D = %d: %s", batch.total_pairs(), features.shape[1], plan)
+        _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)
     return plan

@@ -25,7 +25,7 @@ def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
 
     They take the address for host memory: https://github.com/pytorch/pytorch/issues/152645
     """
-    return block.is_cuda and dist.get_backend(ranks.group) == "gloo"
+    return block.is_cuda and "cuda:gloo" in dist.get_backend_config(ranks.group)
 
 
 def wait(tensor: Tensor) -> Tensor:

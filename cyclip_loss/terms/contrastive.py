@@ -136,7 +136,8 @@ def progress(clip: Tensor, batch: Batch) -> Tensor:
     clip: CLIP's loss.
     """
     # On the CPU, as a number that takes no launch, and without a constant while compiling.
-    chance = torch.scalar_tensor(max(batch.total_pairs(), 2), device="cpu").log()
+    pairs = max(batch.total_pairs(), 2)
+    chance = torch.scalar_tensor(pairs, dtype=clip.dtype, device="cpu").log()
     return (1 - clip.detach() / chance).clamp(0, 1)
 
 

@@ -26,7 +26,9 @@ NESTED = torch.nested.nested_tensor([GOOD[0], GOOD[1]])
 HUGE = 10**400  # has no float
 DTensor = type("DTensor", (torch.Tensor,), {})  # the check looks at the type's name
 ONE, IDS = GOOD[0, 0], GOOD[:, 0].long()
-GIVEN = {**dict.fromkeys(FEATURES, GOOD), "logit_scale": 10.0}
+# A subclass without a dispatch of its own, such as MONAI's MetaTensor, is an ordinary tensor.
+PLAIN = GOOD.as_subclass(type("Plain", (torch.Tensor,), {}))
+GIVEN = {FEATURES[0]: GOOD, FEATURES[1]: PLAIN, "logit_scale": 10.0}
 BAD_FEATURES = {
     TypeError: [GOOD.tolist(), GOOD.long(), GOOD.to_sparse(), NESTED, GOOD.as_subclass(DTensor)],
     ValueError: [GOOD[0], GOOD[:0], GOOD[:, :0]],
@@ -78,6 +80,9 @@ def call(**options: Any) -> Any:
     return CyCLIPLoss(**options)(**GIVEN)
 
 
+COMPILED = torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")
+
+
 @pytest.mark.parametrize(
     ("use", "error", "message"),
     [
@@ -89,7 +94,7 @@ def call(**options: Any) -> Any:
         (lambda: call(same_ids="positives"), ValueError, "needs ids"),
         (lambda: call(process_group="a group"), ValueError, "not initialised"),
         # Not before the call, as the group may be initialised after construction.
-        (lambda: call(rank=3, world_size=8), ValueError, "rank=3 and world_size=8"),
+        (lambda: COMPILED(**GIVEN), ValueError, "rank=3 and world_size=8"),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_image_features=GOOD), ValueError, VIEWS[1]),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_text_features=GOOD), ValueError, VIEWS[0]),
         (lambda: caption_ids(NESTED), TypeError, "tokens"),

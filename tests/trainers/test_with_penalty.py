@@ -98,6 +98,12 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
     torch.testing.assert_close(terms, (contrastive, 2.0, *penalties.values()))
 
 
+def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(features) -> None:
+    returned = AudioLoss(lambda loss: loss.bfloat16()[None])
+    found = WithCyclicPenalty(returned, features=OTHER_NAMES)(*features)
+    assert found.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
