@@ -79,8 +79,7 @@ def time_columns(times: list[float]) -> dict[str, float | int]:
 def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:
     """The peak number of bytes that PyTorch allocates during `work`, without earlier allocations.
 
-    On a CPU, PyTorch's profiler reports every allocation, also inside custom operators. Memory that
-    other libraries allocate without PyTorch is not counted.
+    On a CPU, memory that other libraries allocate without PyTorch is not counted.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()  # free the memory that earlier work left cached
@@ -90,14 +89,22 @@ def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max(0, *accumulate(cpu_allocations(work)))
+
+
+def cpu_allocations(work: Callable[[], object]) -> list[int]:
+    """The bytes of each allocation during `work`, in order. Freed memory has a negative number.
+
+    PyTorch's profiler reports them, also inside custom operators. What `work` returns is not freed.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+        result = work()  # has a name, so that it is alive at the end
         gc.collect()  # frees reference cycles
+    del result
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     if not events:
         raise RuntimeError("the profiler reports no memory")
-    events.sort(key=lambda event: event.start_ns())
-    return max(0, *accumulate(event.nbytes() for event in events))
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def limit_to_available() -> int | None:

@@ -98,10 +98,11 @@ class Run:
     @contextmanager
     def attempt(self, **values: Any) -> Iterator[Row]:
         """Add a row, which the block fills in. An exception in the block becomes its outcome."""
-        row = {**values, "outcome": OK}
+        row = {**values, "outcome": "interrupted"}
         self.section.rows.append(row)
         try:
             yield row
+            row["outcome"] = OK
         except Exception as error:  # a failure must not end the run
             row["outcome"] = describe(error)
 

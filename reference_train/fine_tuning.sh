@@ -10,6 +10,10 @@ export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
 out=${OUT:-runs/fine_tuning}
 icons=${ICONS_OUT:-runs/icons} # the OUT of icons.sh
 icons_model=$icons/logs/clip-0/checkpoints/epoch_latest.pt
+[ -f "$icons_model" ] || {
+    echo "no $icons_model: first sh reference_train/icons.sh" >&2
+    exit 2
+}
 
 python -m reference_train --loss clip --seeds 3 --out "$out/short"
 

@@ -23,7 +23,7 @@ python -m reference_train report "$out/pairs" "$out/views" "$out/time" --out "$o
 demonstration default --loss clip cyclip --lambda 0.03125 --lambda-progress
 demonstration long --preset long --loss clip-views cyclip-views c-cyclip-views
 
-icons=${ICONS:-runs/icons/icons} # where `sh reference_train/icons.sh` draws them
+icons=${ICONS_OUT:-runs/icons}/icons # ICONS_OUT is the OUT of icons.sh, which draws them
 [ -d "$icons" ] || python -m reference_train.data.icons --out "$icons"
 pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
     name=$1-$4 epochs=$2 loss=$3 seed=$4

@@ -6,7 +6,6 @@ The rows of the features have unit length. A new one needs a line in `COMPETITOR
 library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -94,7 +93,7 @@ class Competitor:
     make: Callable[[], Loss]  # it raises ModuleNotFoundError without the loss's library
     computes: str = CYCLIP  # a key of `DEFINITIONS`; empty if nobody knows
     cuda_only: bool = False
-    up_to: float = 16384  # the largest N for which it is measured
+    up_to: float = float("inf")  # the largest N for which it is measured
 
     def under(self, dtype: str) -> Loss:
         """The loss for features of this dtype, a key of `DTYPES`."""
@@ -117,7 +116,7 @@ def users_loss(path: str) -> Competitor:
     except (AttributeError, ImportError, ValueError) as error:
         raise SystemExit(f"--loss {path}: not MODULE:NAME that can be imported: {error}") from error
     make = found if isinstance(found, type) else lambda: found
-    return Competitor(path, make, computes="", up_to=ANY_SIZE)
+    return Competitor(path, make, computes="")
 
 
 def authors_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -135,8 +134,9 @@ def authors_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (image_to_text + text_to_image) / 2 + 0.25 * (inmodal + crossmodal)
 
 
-def without_scale(penalty: Callable[..., Any]) -> Loss:
-    """A loss that does not take the scale."""
+def our_penalties() -> Loss:
+    """Both penalties. They do not depend on the scale."""
+    penalty = CyclicPenalty()
     return lambda image, text, scale: penalty(image, text)
 
 
@@ -186,51 +186,47 @@ def siglip_kernel_loss() -> Loss:
     return loss
 
 
-def compiled(function: Any) -> Any:
-    """As users compile: code for the first size, and at the second size code for all others.
-
-    Our dense and our streamed form have a graph each.
-    """
-    return torch.compile(function)
-
-
-ANY_SIZE = math.inf
+SHORT = 16384  # the largest N of what takes long, or is measured beside something that does
+# torch.compile, as users call it: code for the first size, and at the second size code for all
+# others. Our dense and our streamed form have a graph each.
 COMPETITORS = (
-    Competitor(OURS, CyCLIPLoss, up_to=ANY_SIZE),
-    Competitor(
-        "CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True, up_to=ANY_SIZE
-    ),
-    Competitor(OUR_COMPILED, lambda: compiled(CyCLIPLoss())),
-    Competitor(AUTHORS, lambda: authors_formula, up_to=ANY_SIZE),
-    Competitor(COMPILED, lambda: compiled(authors_formula), up_to=ANY_SIZE),
-    Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP, up_to=ANY_SIZE),
-    Competitor(OPEN_CLIP, lambda: open_clip_loss("ClipLoss"), CLIP, up_to=ANY_SIZE),
-    Competitor(
-        "memeff, no penalties, fixed scale", memeff_loss, CLIP, cuda_only=True, up_to=ANY_SIZE
-    ),
-    Competitor("inf-cl, no penalties", inf_cl_loss, CLIP, cuda_only=True, up_to=ANY_SIZE),
-    Competitor("CySigLIPLoss", lambda: with_bias(CySigLIPLoss()), SIGLIP, up_to=ANY_SIZE),
+    Competitor(OURS, CyCLIPLoss),
+    Competitor("CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
+    Competitor(OUR_COMPILED, lambda: torch.compile(CyCLIPLoss()), up_to=SHORT),
+    Competitor(AUTHORS, lambda: authors_formula),
+    Competitor(COMPILED, lambda: torch.compile(authors_formula), up_to=SHORT),
+    Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),
+    Competitor(OPEN_CLIP, lambda: open_clip_loss("ClipLoss"), CLIP),
+    Competitor("memeff, no penalties, fixed scale", memeff_loss, CLIP, cuda_only=True),
+    Competitor("inf-cl, no penalties", inf_cl_loss, CLIP, cuda_only=True),
+    Competitor("CySigLIPLoss", lambda: with_bias(CySigLIPLoss()), SIGLIP),
     Competitor(
         "CySigLIPLoss, penalties",
         lambda: with_bias(CySigLIPLoss(0.25, 0.25)),
         SIGLIP_WITH_PENALTIES,
+        up_to=SHORT,
+    ),
+    Competitor("open_clip.SigLipLoss", lambda: with_bias(open_clip_loss("SigLipLoss")), SIGLIP),
+    Competitor("siglip-kernel", siglip_kernel_loss, SIGLIP, cuda_only=True),
+    Competitor("CyclicPenalty", our_penalties, PENALTIES, up_to=SHORT),
+    Competitor("dense penalties", lambda: dense_penalties, PENALTIES, up_to=SHORT),
+    Competitor("contrastive_logsumexp, one-way InfoNCE", lambda: our_one_way, ONE_WAY, up_to=SHORT),
+    Competitor("dense one-way InfoNCE", lambda: dense_one_way, ONE_WAY, up_to=SHORT),
+    Competitor(
+        "CyCLIPLoss, ids, each twice", lambda: with_ids(CyCLIPLoss()), SAME_IDS, up_to=SHORT
     ),
     Competitor(
-        "open_clip.SigLipLoss",
-        lambda: with_bias(open_clip_loss("SigLipLoss")),
-        SIGLIP,
-        up_to=ANY_SIZE,
+        "CyCLIPLoss, positives",
+        lambda: with_ids(CyCLIPLoss(same_ids="positives")),
+        POSITIVES,
+        up_to=SHORT,
     ),
-    Competitor("siglip-kernel", siglip_kernel_loss, SIGLIP, cuda_only=True, up_to=ANY_SIZE),
-    Competitor("CyclicPenalty", lambda: without_scale(CyclicPenalty()), PENALTIES),
-    Competitor("dense penalties", lambda: dense_penalties, PENALTIES),
-    Competitor("contrastive_logsumexp, one-way InfoNCE", lambda: our_one_way, ONE_WAY),
-    Competitor("dense one-way InfoNCE", lambda: dense_one_way, ONE_WAY),
-    Competitor("CyCLIPLoss, ids, each twice", lambda: with_ids(CyCLIPLoss()), SAME_IDS),
     Competitor(
-        "CyCLIPLoss, positives", lambda: with_ids(CyCLIPLoss(same_ids="positives")), POSITIVES
+        "CyCLIPLoss, N extra texts",
+        lambda: with_extra_texts(CyCLIPLoss()),
+        EXTRA_TEXTS,
+        up_to=SHORT,
     ),
-    Competitor("CyCLIPLoss, N extra texts", lambda: with_extra_texts(CyCLIPLoss()), EXTRA_TEXTS),
 )
 NAMES = {competitor.name for competitor in COMPETITORS}
 # What a loss of the user's is compared with.

@@ -101,7 +101,7 @@ def add_rates(row: Row, step_rate: float | None) -> None:
     seconds = 1e-3 * row["ms"]
     row["pairs/s"] = row["N"] / seconds
     if step_rate:
-        row["share of a step"] = step_rate / row["pairs/s"]
+        row["share of a step"] = step_rate * ranks.size() / row["pairs/s"]
     computes = row.get("computes", OTHER)
     if computes not in (PENALTIES, OTHER):
         products = 6 if computes.startswith(SIGLIP) else 16 if computes == EXTRA_TEXTS else 8

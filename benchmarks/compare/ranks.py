@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.compare.accuracy import exact_value_and_grads, relative_errors, value_and_grads
 from benchmarks.compare.competitors import (
-    ANY_SIZE,
     CLIP,
     CYCLIP,
     Competitor,
@@ -99,12 +98,12 @@ def competitors(users: Sequence[str]) -> list[Competitor]:
     for weights, dist_impl in product(((), (0, 0)), ("gather", "ring")):
         make = partial(CyCLIPLoss, *weights, dist_impl=dist_impl)
         name = f"CyCLIPLoss{weights or '()'}, {dist_impl}"
-        found.append(Competitor(name, make, CLIP if weights else CYCLIP, up_to=ANY_SIZE))
+        found.append(Competitor(name, make, CLIP if weights else CYCLIP))
     ranks = {"rank": dist.get_rank(), "world_size": size()}
     for flags in ((), ("local_loss",), ("gather_with_grad",), ("local_loss", "gather_with_grad")):
         make_loss = partial(open_clip_loss, "ClipLoss", **dict.fromkeys(flags, True), **ranks)
         name = ", ".join(("open_clip.ClipLoss", *flags))
-        found.append(Competitor(name, make_loss, CLIP, up_to=ANY_SIZE))
+        found.append(Competitor(name, make_loss, CLIP))
     return found
 
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         built = build(archive, folder, arguments.limit)
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}
-        text = json.dumps({**source, **built}, indent=1, ensure_ascii=False, default=str)
+        text = json.dumps({**source, **built}, indent=1, default=str)
         (folder / "manifest.json").write_text(text)
     pairs = built["pairs"]
     print(f"{arguments.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")

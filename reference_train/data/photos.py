@@ -229,9 +229,8 @@ def main(argv: Sequence[str]) -> None:
         ):
             for pattern, photos in parts.items():
                 entries[pattern] = write(pattern, photos, repository, out)
-                print(f"{pattern}: {len(photos):,} photographs")
-        manifest = {"sources": SOURCES, "parts": entries}
-        (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        text = json.dumps({"sources": SOURCES, "parts": entries}, indent=1)
+        (out / "manifest.json").write_text(text)
 
 
 if __name__ == "__main__":

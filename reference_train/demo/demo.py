@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,6 @@ def main(argv: Sequence[str]) -> None:
         "lambda_progress": False,
         **given,
     }
-    command = shlex.join(["python", "-m", "reference_train", *argv])
     # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     compared = {
@@ -93,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         "data": fingerprint(shards),
         "precision": default_precision(arguments.device),
     }
-    result = records.start(out, compared, command, arguments.device)
+    result = records.start(out, compared, argv, arguments.device)
     emoji = read_emoji()
     if settings["batch_size"] > (concepts := len(emoji.in_split("train"))):
         raise UsageError(f"--batch-size {settings['batch_size']}: there are {concepts} concepts")

@@ -59,7 +59,7 @@ class Checkpoint:
     @property
     def source(self) -> dict[str, str]:
         """What distinguishes these weights from others."""
-        return {"model": self.model, "path": str(self.weights), "written": str(self.written)}
+        return {"model": self.model, "written": str(self.written)}
 
 
 def find_checkpoints(
@@ -124,7 +124,8 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
     if name not in open_clip.list_models():
         # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
         open_clip.add_model_config(parameters.get("model_config") or folder)
-    if not parameters and not open_clip.get_model_config(name).get("quick_gelu"):
+    config = open_clip.get_model_config(name)  # None: there is no such model
+    if config and not parameters and not config.get("quick_gelu"):
         say(f"{file}: {name} has no QuickGELU, which the CyCLIP authors' weights need")
     arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # so that the model has a bias; the weights have its value

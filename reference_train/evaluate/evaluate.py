@@ -87,10 +87,9 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_arguments(argv)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
-    command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
-    failed: dict[str, str] = {}
-    result = records.start(arguments.out, settings, command, arguments.device)
+    result = records.start(arguments.out, settings, ["evaluate", *argv], arguments.device)
+    failed = result["failed"] = dict[str, str]()
     datasets = open_all(arguments, failed)
     for name, data in datasets.items():
         if result["data_sets"].get(name) != (described := records.describe(data)):
@@ -102,13 +101,12 @@ def main(argv: Sequence[str]) -> None:
         stored = result["checkpoints"].get(title, source)
         if not source.items() <= stored.items():
             say(f"{title}: measured again, because its earlier results are of other weights")
-            del result["results"][title]
+            result["results"].pop(title, None)
         done = result["results"].get(title, {})
         if missing := {name: data for name, data in datasets.items() if name not in done}:
-            evaluate(result, checkpoint, missing, arguments, failed)
+            evaluate(result, checkpoint, missing, arguments)
     if not any(result["results"].values()):
         raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
-    result["failed"] = failed
     records.save(result, arguments.out)
     report.write(result, arguments.out)
     if failed:
@@ -120,11 +118,10 @@ def evaluate(
     checkpoint: Checkpoint,
     datasets: dict[str, Dataset],
     arguments: argparse.Namespace,
-    failed: dict[str, str],
 ) -> None:
     """Measures a checkpoint on datasets, and saves the result after each.
 
-    Adds to `failed` what cannot be measured, and why.
+    Adds to `result["failed"]` what cannot be measured, and why.
     """
     title = checkpoint.title
     try:
@@ -136,17 +133,21 @@ def evaluate(
             workers=arguments.workers,
         )
     except UsageError as error:
-        failed[title] = str(error)
+        result["failed"][title] = str(error)
         return
     run = describe_run(title, checkpoint.parameters)
-    result["checkpoints"][title] = {**checkpoint.source, **run}
+    result["checkpoints"][title] = {
+        **checkpoint.source,
+        "path": str(checkpoint.weights),
+        **run,
+    }
     for name, data in datasets.items():
         clip.progress = f"{title}: {name}"
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
         try:
             measured = measure(clip, data, arguments.linear_probe)
         except Exception as error:  # any error: go on with the next dataset
-            failed[f"{name}, {title}"] = last_line(error)
+            result["failed"][f"{name}, {title}"] = last_line(error)
             continue
         result["results"].setdefault(title, {})[name] = measured
         records.save(result, arguments.out)
@@ -191,4 +192,4 @@ def join_reasons(reasons: dict[str, str]) -> str:
 
 def last_line(error: BaseException) -> str:
     """The last line of an error's message. The lines before it may be a worker's traceback."""
-    return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:300]
+    return [type(error).__name__, *str(error).strip().splitlines()][-1][:300]

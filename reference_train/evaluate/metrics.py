@@ -56,13 +56,13 @@ class Encoded:
 def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, Any]:
     """All metrics of a dataset, as shares (not %). Raises `Unusable` if an image can't be read.
 
-    linear_probe: fit a linear probe on the whole train split, if there is one.
+    linear_probe: fit a linear probe on the whole train split, if there is one, and no groups.
 
     Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}}.
     """
     encoded, probe = encode(clip, data), Numbers()
     if data.train is not None:
-        probe = use_train_split(clip, encoded, linear_probe)
+        probe = use_train_split(clip, encoded, linear_probe and not data.groups)
     elif data.groups and data.classes:
         use_other_groups(encoded)
     groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}

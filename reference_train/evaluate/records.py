@@ -2,8 +2,10 @@
 
 import json
 import platform
+import shlex
+import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +22,17 @@ PARTS = ("checkpoints", "data_sets", "failed", "results")
 PACKAGES = ("torch", "torchvision", "open_clip_torch")
 
 
-def start(out: Path, settings: dict[str, Any], command: str, device: torch.device) -> Result:
+def start(
+    out: Path, settings: dict[str, Any], arguments: Sequence[str], device: torch.device
+) -> Result:
     """Returns the evaluation that a folder holds, or a new one.
 
-    settings: the settings that the numbers depend on.
+    settings: the settings that the numbers depend on; arguments: those of reference_train.
 
     Raises `UsageError` if the folder's evaluation has other settings, or the folder can't be made.
     """
     make_folder(out)
+    command = shlex.join(["python", "-m", "reference_train", *arguments])
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
         for name, wanted in settings.items():
@@ -66,16 +71,17 @@ def save(result: Result, out: Path) -> None:
 
 
 def describe(data: Dataset) -> dict[str, Any]:
-    """The entry of a dataset in evaluation.json: its sizes, groups and superclasses."""
+    """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its texts."""
     groups = dict(Counter(data.groups or []))
     captions = len(data.images) if groups else 0  # class names are used as captions
+    texts = [data.captions, *([c.names, c.templates] for c in data.classes.values())]
     return {
         "images": len(data.images),
         "train_images": len(data.train[0]) if data.train else 0,
         "classes": {task or "class": len(c.names) for task, c in data.classes.items()},
-        "templates": max((len(c.templates) for c in data.classes.values()), default=0),
         "captions": sum(map(len, data.captions)) if data.captions else captions,
         "groups": groups,
+        "texts_crc32": zlib.crc32(repr(texts).encode()),
         "mean_over": [group for group in groups if group not in data.excluded_groups],
     }
 

@@ -204,7 +204,7 @@ def markdown(result: Result, short: bool = False) -> str:
         published, published_notes = comparable(name, data, list(measured))
         sizes = {"images": data["images"], "train images": data["train_images"]}
         sizes |= {"classes" if x == "class" else f"{x}s": n for x, n in data["classes"].items()}
-        sizes |= {"templates": data["templates"], "captions": data["captions"]}
+        sizes |= {"captions": data["captions"]}
         heading = ", ".join(f"{count:,} {what}" for what, count in sizes.items() if count)
         table = dataset_table(result, summary, name, published, short)
         lines += ["", f"## {name}: {heading}", ""]

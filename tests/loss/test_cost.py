@@ -1,6 +1,5 @@
 """Large batches need no N x N matrix, and exactly the flops of the formulas."""
 
-import gc
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
@@ -9,31 +8,14 @@ import torch
 from accuracy import evaluate, function_of
 from inputs import Case, Tensors
 from support import strips_of
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import cpu_allocations
 from cyclip_loss import CyCLIPLoss, consistency_metrics
 
 D, STRIP_ROWS = 32, 64
 # Interpreted kernels are too slow for more rows.
 NUM_ROWS = {"eager": 4096, "triton": 256}
-
-
-def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
-    """Bytes on the CPU: the largest allocation, the peak, and what the result of `work` keeps.
-
-    The peak is too high with Triton's interpreter, which leaves the tensors of each launch in a
-    reference cycle.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()  # has a name, so that it is alive at the end
-        gc.collect()  # frees reference cycles
-    del result
-    events = profiler.profiler.kineto_results.events()
-    events = [event for event in events if event.name() == "[memory]"]
-    # Freed memory has a negative size.
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(sizes), max(accumulate(sizes)), sum(sizes)
 
 
 def step(case: Case, given: Tensors, impl: str) -> None:
@@ -64,23 +46,26 @@ def n(impl, device) -> Iterator[int]:
 def test_no_n_by_n_matrix_is_allocated(options: dict, impl, n) -> None:
     """No tensor is larger than a strip or the features. At any time there are a few of these, and
     a dozen vectors of N elements.
+
+    The peak is too high with Triton's interpreter, which leaves the tensors of each launch in a
+    reference cycle.
     """
     case = Case(n, D, lambdas=(0.5, 0.25), **options)
     given = case.arguments("cpu")
-    largest, peak, _ = allocated(lambda: step(case, given, impl))
+    sizes = cpu_allocations(lambda: step(case, given, impl))
     n += 256 * ("negatives" in options)
     strip, features = 4 * STRIP_ROWS * n, 4 * n * D
-    assert largest <= max(strip, features)
+    assert max(sizes) <= max(strip, features)
     if impl == "eager":
-        assert peak <= 5 * strip + 6 * features + 16 * 4 * n
+        assert max(accumulate(sizes)) <= 5 * strip + 6 * features + 16 * 4 * n
 
 
 def test_metrics_allocate_no_n_by_n_matrix(n) -> None:
     """In float64."""
     features = Case(n, D).inputs("cpu")[:2]
-    largest, peak, _ = allocated(lambda: consistency_metrics(*features))
-    assert largest <= 2 * max(4 * STRIP_ROWS * n, 4 * n * D)
-    assert n == NUM_ROWS["triton"] or peak * 3 <= 4 * n * n
+    sizes = cpu_allocations(lambda: consistency_metrics(*features))
+    assert max(sizes) <= 2 * max(4 * STRIP_ROWS * n, 4 * n * D)
+    assert n == NUM_ROWS["triton"] or max(accumulate(sizes)) * 3 <= 4 * n * n
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
@@ -92,9 +77,9 @@ def test_forward_keeps_only_vectors_and_gram_matrices(
     The vectors: log-sum-exps of rows and columns, and their differences to the pairs' logits.
     """
     inputs = Case(n, D).leaves("cpu")
-    *_, kept = allocated(lambda: CyCLIPLoss(lambda_inmodal, impl=impl)(*inputs))
+    kept = cpu_allocations(lambda: CyCLIPLoss(lambda_inmodal, impl=impl)(*inputs))
     # The allocator may round each of a dozen tensors up to 64 bytes.
-    assert kept <= 4 * (4 * n + grams * D * D) + 1024
+    assert sum(kept) <= 4 * (4 * n + grams * D * D) + 1024
 
 
 def flops(case: Case, work: Callable[..., object]) -> int:

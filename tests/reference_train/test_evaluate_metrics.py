@@ -104,9 +104,10 @@ def test_a_metric_that_a_style_or_a_task_lacks_is_left_out() -> None:
     pictures, texts = torch.nn.functional.normalize(torch.randn(2, 7, 5), dim=-1)
     names = torch.tensor([3, 0, 1, 0, 2, 3, 4])
     classes = {"": Classes(names, [*"uvwxyz"], ["{}"]), "group": Classes(0 * names, ["g"], ["{}"])}
-    data = Dataset(Images(pictures), classes, groups=[*"aaaaabb"])
+    train = Images(pictures), {"group": names}
+    data = Dataset(Images(pictures), classes, groups=[*"aaaaabb"], train=train)
     features = dict(zip("uvwxyzg", texts, strict=True))
-    found = measure(pictures, data, features)
+    found = measure(pictures, data, features, linear_probe=True)
     # Style b has two pairs, which are too few for a correlation.
     assert "inmodal_correlation" not in found["numbers"]
     tops = {name for name in found["numbers"] if "top" in name}

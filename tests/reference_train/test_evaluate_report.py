@@ -10,7 +10,7 @@ from reference_train.command_line import UsageError
 from reference_train.evaluate import records, report
 from reference_train.evaluate.records import read_evaluation
 
-DATASET = {"images": 100, "train_images": 0, "classes": {"class": 95}, "templates": 1}
+DATASET = {"images": 100, "train_images": 0, "classes": {"class": 95}}
 DATASET |= {"captions": 0, "groups": {}, "mean_over": []}
 REST = {"failed": {}, "settings": {}, "versions": {}, "device": "cpu", "command": "", "date": ""}
 
