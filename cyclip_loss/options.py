@@ -105,7 +105,10 @@ class _HeldGroup:
 
 @dataclass(eq=False, repr=False)
 class Options:
-    """The options of every function. Each is checked when it is set, and may be set at any time."""
+    """The options of every function. They may be set at any time.
+
+    Each is checked when it is set, but for `process_group`, which the call resolves.
+    """
 
     _: KW_ONLY
     process_group: ProcessGroup | None = None
