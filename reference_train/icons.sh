@@ -25,11 +25,12 @@ done
 
 # 524,288 pairs in batches of other sizes. The learning rate is proportional to the square root of
 # the batch size.
-settings() { # BATCH
+settings() { # BATCH, or 1024x20 for 20 epochs of 1,024
     case $1 in
     128) echo --epochs 8 --lr 7e-4 --warmup 820 ;;
     512) echo --epochs 8 --lr 1.4e-3 --warmup 205 ;;
     1024) echo --epochs 8 ;;
+    1024x20) echo --epochs 20 ;;
     2048) echo --epochs 8 --lr 2.8e-3 --warmup 51 ;;
     4096) echo --epochs 8 --lr 4e-3 --warmup 26 ;;
     esac
@@ -58,8 +59,7 @@ for setting in 1024-0 1024-1 1024-2 2048-0 4096-0; do
     pretrain quarter-$setting cyclip --batch-size $batch --seed $seed --reference-batch-size 32 \
         -- $(settings $batch)
 done
-for setting in 1.0-1024-0 1.0-1024-1 1.0-1024-2 512-2048-0 512-2048-1 512-4096-0 512-4096-1 \
-    512-4096-2; do
+for setting in 1.0-1024-0 1.0-1024-1 1.0-1024-2 512-2048-0 512-2048-1 512-4096-0 512-4096-1; do
     length=${setting%%-*} seed=${setting##*-}
     batch=${setting%-*} batch=${batch#*-}
     pretrain warmup-$setting cyclip --batch-size $batch --seed $seed --lambda-warmup $length \
@@ -70,13 +70,19 @@ for setting in 2048-0 2048-1 4096-0 4096-1; do
     pretrain clip-$setting clip --batch-size $batch --seed ${setting#*-} -- $(settings $batch)
 done
 
-# The launcher's defaults, and CLIP. NAME is defaults-LOSS-BATCH-SEED.
-for batch in 128 512 1024 2048 4096; do
-    for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2; do
-        loss=${run%-*} seed=${run#*-}
-        python -m reference_train pretrain --preset icons --data "$out/icons" --out "$out/logs" \
-            --name defaults-$loss-$batch-$seed --loss $loss --batch-size $batch --seed $seed \
-            -- $(settings $batch) --torchcompile
+# Again with a later version of the code: CLIP, the launcher's defaults, and the warm-up. NAME is
+# defaults-LOSS-TASK-SEED or again-warmup-512-TASK-SEED.
+for task in 128 512 1024 1024x20 2048 4096; do
+    for seed in 0 1 2; do
+        same="--batch-size ${task%x20} --seed $seed"
+        for loss in clip cyclip; do
+            python -m reference_train pretrain --preset icons --data "$out/icons" \
+                --out "$out/logs" --name defaults-$loss-$task-$seed --loss $loss $same \
+                -- $(settings $task) --torchcompile
+        done
+        [ $task = 1024 ] ||
+            pretrain again-warmup-512-$task-$seed cyclip $same --lambda-warmup 512 \
+                -- $(settings $task) --torchcompile
     done
 done
 
@@ -87,7 +93,7 @@ done
 
 python -m reference_train evaluate "$out"/logs/*clip-? --data "$out/icons" --only icons emoji \
     --out "$out/evaluation"
-python -m reference_train evaluate "$out"/logs/[dlqw]* "$out"/logs/clip-*-? "$out"/logs/cyclip-*-? \
+python -m reference_train evaluate "$out"/logs/[adlqw]* "$out"/logs/clip-*-? "$out"/logs/cyclip-*-? \
     --data "$out/icons" --only icons emoji --out "$out/evaluation-lambda"
 python -m reference_train evaluate "$out"/logs/*siglip-? --data "$out/icons" --only icons emoji \
     --out "$out/evaluation-siglip"
