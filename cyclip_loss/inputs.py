@@ -56,7 +56,7 @@ def prepare(
     their argument's name.
     """
     if not isinstance(output_dict, bool):
-        hint = "lambdas go to the constructor, and ids by keyword"
+        hint = "pass lambdas to the constructor, and ids by keyword"
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: {hint}")
     ranks = ranks_of(options.process_group, options.distributed)
     several = ranks.size > 1

@@ -2,14 +2,13 @@
 # Trains small models on photographs, evaluates them, and writes the tables into $OUT. On two quiet
 # CPU cores a run takes 3 to 5 minutes. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/photos.sh
-# Before it: SEEDS=0 EPOCHS=1 PAIRS=4096 for a trial, whose folder is runs/photos-trial; CLONES=DIR if
-# there are clones.
+# Before it: SEEDS=0 EPOCHS=1 PAIRS=4096 for a trial; CLONES=DIR if there are clones.
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the preset trains a larger model, with other settings
 # glibc keeps freed memory, which saves a sixth of the time.
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=268435456
-trial=${EPOCHS:-}${PAIRS:-} # in a folder of its own, because finished runs are not trained again
-out=${OUT:-runs/photos${trial:+-trial}}
+# Each kind of trial has a folder of its own, because finished runs are not trained again.
+out=${OUT:-runs/photos${EPOCHS:+-epochs-$EPOCHS}${PAIRS:+-pairs-$PAIRS}}
 
 [ -d "$out/data" ] ||
     python -m reference_train.data.photos --out "$out/data" --clones "${CLONES:-runs/clones}"
