@@ -106,7 +106,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
     """The datasets in `roots`, the paper's first. Prints which files and folders are not used.
 
     roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
-    earlier one.
+    earlier one. Hidden files, and the manifest that `data.photos` writes, are not printed.
     """
     found: dict[str, Opener] = {}
     for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
@@ -114,7 +114,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
             known = recognise(path)
             if known and known[0] not in found:
                 found[known[0]] = known[1]
-            elif not path.name.startswith("."):
+            elif not re.match(r"\.|manifest", path.name):
                 say(f"{path}: no dataset, or of the same name as another one")
     return {name: found[name] for name in [*paper.SETS, *found] if name in found}
 

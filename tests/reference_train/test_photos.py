@@ -61,7 +61,7 @@ def clones(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch) -> None:
+def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
     # Of the shoes, 34 and 35 and those with their titles are for the test.
     monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
@@ -88,6 +88,7 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch) ->
         ("tiny-imagenet-new", "a photo of a goldfish, fish"),
     ):
         assert find([out])[name]().classes[""].names == [new_class]
+    assert "no dataset" not in capsys.readouterr().err
 
 
 def test_a_clone_without_the_commit_is_refused(clones, tmp_path) -> None:
