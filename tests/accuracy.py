@@ -168,10 +168,10 @@ def exact_results(case: Case, given: Tensors) -> tuple[Tensors, dict[str, list[T
     parts = [weight * terms[name] for name, weight in case.weights.items()]
     share = case.weights.get(TERMS[0], 0.0)
     without_views = {name: x for name, x in leaves.items() if name not in VIEWS}
+    separate = []  # inputs whose contrastive loss is a part of its own
     if VIEWS[0] in given:
         share /= 2
-        part = share * defined_terms(case, without_views)[TERMS[0]]
-        parts = [part, parts[0] - part, *parts[1:]]
+        separate.append(without_views)
     if any(name in given for name in NEGATIVES):
         # What the features get as those of the pairs. In columns of their own, constants take their
         # place in the logits of the extra negatives.
@@ -185,7 +185,9 @@ def exact_results(case: Case, given: Tensors) -> tuple[Tensors, dict[str, list[T
                 else:
                     columns[1 + index] = x.detach()
                 apart[name] = torch.cat(columns, dim=1)
-        part = share * defined_terms(case, apart)[TERMS[0]]
+        separate.append(apart)
+    for inputs in separate:
+        part = share * defined_terms(case, inputs)[TERMS[0]]
         parts = [part, parts[0] - part, *parts[1:]]
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     grads = [torch.autograd.grad(part, list(floats.values()), **options) for part in parts]

@@ -12,14 +12,20 @@ import torch
 from processes import run_python
 from torch.nn.functional import cross_entropy
 
-from benchmarks.compare import accuracy, competitors, cost, report
-from benchmarks.compare.competitors import OURS, Competitor, authors_formula
+from benchmarks.compare import accuracy, cost, report
+from benchmarks.compare.competitors import (
+    BESIDE_YOURS,
+    COMPETITORS,
+    NAMES,
+    OURS,
+    Competitor,
+    authors_formula,
+)
 from benchmarks.compare.plan import CPU as PLAN
 from benchmarks.run import Run
 from cyclip_loss import reference
 
 CPU = torch.device("cpu")
-ALL = competitors.COMPETITORS
 INPUTS = [x.detach().double() for x in cost.make_leaves(Run(CPU), 30, 8, "float32")]
 
 
@@ -46,7 +52,7 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("competitor", ALL, ids=lambda competitor: competitor.name)
+@pytest.mark.parametrize("competitor", COMPETITORS, ids=lambda competitor: competitor.name)
 def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatch) -> None:
     """What is compiled runs in eager mode here, as compiling takes long."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -57,9 +63,10 @@ def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatc
     assert max(accuracy.relative_errors(found, exact).values()) < 1e-6
 
 
-def test_each_competitor_has_a_name_of_its_own() -> None:
-    assert len(competitors.NAMES) == len(ALL)
-    assert {*report.STYLES, *competitors.BESIDE_YOURS} <= competitors.NAMES
+def test_the_losses_beside_a_users_loss_are_measured_at_all_sizes() -> None:
+    assert len(NAMES) == len(COMPETITORS)
+    assert {*report.STYLES, *BESIDE_YOURS} <= NAMES
+    assert all(c.up_to == math.inf for c in COMPETITORS if c.cuda_only or c.name in BESIDE_YOURS)
 
 
 def times(factor: float) -> Any:

@@ -80,9 +80,6 @@ def call(**options: Any) -> Any:
     return CyCLIPLoss(**options)(**GIVEN)
 
 
-COMPILED = torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")
-
-
 @pytest.mark.parametrize(
     ("use", "error", "message"),
     [
@@ -94,7 +91,11 @@ COMPILED = torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")
         (lambda: call(same_ids="positives"), ValueError, "needs ids"),
         (lambda: call(process_group="a group"), ValueError, "not initialised"),
         # Not before the call, as the group may be initialised after construction.
-        (lambda: COMPILED(**GIVEN), ValueError, "rank=3 and world_size=8"),
+        (
+            lambda: torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")(**GIVEN),
+            ValueError,
+            "rank=3 and world_size=8",
+        ),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_image_features=GOOD), ValueError, VIEWS[1]),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_text_features=GOOD), ValueError, VIEWS[0]),
         (lambda: caption_ids(NESTED), TypeError, "tokens"),

@@ -84,11 +84,12 @@ def test_coarse_and_fine_accuracy_are_those_counted_by_hand() -> None:
     scores = torch.tensor(
         [[0.9, 0.8, 0.1, 0.7, 0.0], [0.5, 0.2, 0.4, 0.1, 0.9], [0.5, 0.6, 0.1, 0.1, 0.55]]
     )
-    found = metrics.coarse_and_fine(scores, torch.eye(5), torch.tensor([2, 3, 4]), superclass)
+    given = scores, torch.eye(5), torch.tensor([2, 3, 4])
+    found = metrics.coarse_and_fine(*given, superclass)
     expected = {"coarse": 1 / 3, "coarse_top2": 2 / 3, "coarse_top3": 1}
     expected |= {"fine": 1 / 3, "fine_top2": 1, "fine_top3": 1}
     assert found == pytest.approx(expected)
-    one = metrics.coarse_and_fine(scores, torch.eye(5), torch.tensor([2, 3, 4]), superclass * 0)
+    one = metrics.coarse_and_fine(*given, superclass * 0)
     assert (one["coarse"], one["coarse_top3"]) == (1, 1)  # there is no other superclass
 
 

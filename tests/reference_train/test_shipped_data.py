@@ -42,8 +42,8 @@ def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(
     assert demo.PRESETS[preset].items() <= record["settings"].items()
     for name in demonstration.DATASETS:
         described = records.describe(demonstration.open_dataset(shipped, name))
-        recorded = record["data_sets"][name]
-        assert described | recorded == recorded | described  # where both have a value, it is equal
+        del described["texts_crc32"]  # which the records are older than
+        assert described.items() <= record["data_sets"][name].items()
 
 
 # The terms of the fifth step, the first of the second epoch, on a CPU.
