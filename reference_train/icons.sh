@@ -80,6 +80,7 @@ for task in 128 512 1024 1024x20 2048 4096; do
                 --out "$out/logs" --name defaults-$loss-$task-$seed --loss $loss $same \
                 -- $(settings $task) --torchcompile
         done
+        # For 512 steps of 1,024 pairs, warmup-1.0-1024-SEED above is the same.
         [ $task = 1024 ] ||
             pretrain again-warmup-512-$task-$seed cyclip $same --lambda-warmup 512 \
                 -- $(settings $task) --torchcompile

@@ -114,7 +114,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
             known = recognise(path)
             if known and known[0] not in found:
                 found[known[0]] = known[1]
-            elif not re.match(r"\.|manifest", path.name):
+            elif not re.match(r"\.|manifest\.json", path.name):
                 say(f"{path}: no dataset, or of the same name as another one")
     return {name: found[name] for name in [*paper.SETS, *found] if name in found}
 
