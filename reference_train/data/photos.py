@@ -2,8 +2,9 @@
 
 It takes about a minute after the repositories (0.5 GB) are cloned. No picture of them comes with
 this project, because not all of their licences allow that. The folder gets
-  products/            36,013 photographs of products with titles: train-*.tar to train on, and in
-                       test/ others, whose titles training never sees
+  products/            photographs of products with titles: train-*.tar to train on, and in test/
+                       others, whose titles training never sees
+  products-validation/ others again, to choose settings by
   products-new-types/  products of 14 types that training never sees
   tiny-imagenet/       Tiny-ImageNet: train-*.tar of 160 classes, and in test/ other images of them
   tiny-imagenet-new/   the other 40 classes: test/, and train/ for a linear probe
@@ -126,13 +127,16 @@ def products(pictures: Repository, titles: Repository) -> Parts:
     parts: Parts = defaultdict(list)
     for item in table.drop_duplicates("blob").itertuples():
         photo = Photo(f"f{item.id}", item.blob, item.title)
+        share = number(f"val i{min(group[item.id])}") % 1000
         if item.id in new:
             photo = photo._replace(label=item.articleType)
             parts["products-new-types/test/%d.tar"].append(photo)
         elif group[item.id] & new:
             continue  # too similar to one of a new type
-        elif number(f"val i{min(group[item.id])}") % 1000 < 70:
+        elif share < 70:
             parts["products/test/%d.tar"].append(photo)
+        elif share < 110:
+            parts["products-validation/test/%d.tar"].append(photo)
         else:
             parts["products/train-%05d.tar"].append(photo)
     return parts

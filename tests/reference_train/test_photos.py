@@ -63,7 +63,7 @@ def clones(tmp_path, monkeypatch) -> Path:
 
 def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
-    # Of the shoes, 34 and 35 and those with their titles are for the test.
+    # Of the shoes, 34 and 35 and those with their titles are for the test, 36 for validation.
     monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
     out = tmp_path / "out"
     photos.main(f"--out {out} --clones {clones}".split())
@@ -71,7 +71,8 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
     assert {part: entry["photographs"] for part, entry in parts.items()} == {
         "products-new-types/test/%d.tar": 33,
         "products/test/%d.tar": 6,
-        "products/train-%05d.tar": 18,  # not 40, 57 and 59
+        "products-validation/test/%d.tar": 3,
+        "products/train-%05d.tar": 15,  # not 40, 57 and 59
         "tiny-imagenet-new/test/%d.tar": 1,
         "tiny-imagenet-new/train/%d.tar": 2,  # one of three is for validation, too
         "tiny-imagenet/test/%d.tar": 1,
@@ -81,7 +82,7 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
         {sample.caption for sample in read_samples([str(out / "products" / name)])}
         for name in ("train-00000.tar", "test/0.tar")
     )
-    assert (len(train), test) == (7, {"Shoe 7", "Shoe 8"})
+    assert (len(train), test) == (6, {"Shoe 7", "Shoe 8"})
     assert not train & test
     for name, new_class in (
         ("products-new-types", "Hat"),
