@@ -36,10 +36,12 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
         # is one graph. On a GPU the operators choose the engine when they run.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        may_be_dense = is_compiled and engine != "triton" and features.is_cpu
+        is_eager = is_compiled and engine != "triton" and features.is_cpu
+        may_be_dense = is_eager
     else:
         # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
-        may_be_dense = engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
+        is_eager = engine == "eager"
+        may_be_dense = is_eager and (features.is_cpu or features.dtype.itemsize > 2)
     # Only code that may be dense depends on N, also when it is compiled.
     if may_be_dense and batch.ranks.size == 1:
         n, d = features.shape
@@ -51,7 +53,11 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         if contrastive == "streamed" and not batch.positives and most <= limit:
             contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
-    plan = Plan(contrastive, penalties, engine, strategy, output_dict, with_cross)
+    # On other devices the host would wait to see whether the shared exponentials are exact.
+    shares_exponentials = is_eager and features.is_cpu and strategy == "gather"
+    plan = Plan(
+        contrastive, penalties, engine, shares_exponentials, strategy, output_dict, with_cross
+    )
     if not batch.traced and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)
     return plan

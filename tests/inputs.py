@@ -231,6 +231,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+ANY_SCALE = st.integers(-12, 16).map(lambda x: torch.tensor(10 ** (x / 4), device="cpu").item())
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
 FOR_KERNELS: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(DTYPES[1:]),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from cyclip_loss import inputs, numerics, usage_warnings
+from cyclip_loss.terms import contrastive
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -55,7 +56,10 @@ def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def strips_of(rows: int | None) -> Iterator[None]:
-    """Strips are `rows` high (one tile in kernels), and blocks are small. None: as shipped."""
+    """Strips are `rows` high (one tile in kernels), and blocks are small. None: as shipped.
+
+    Forward keeps at most 2^10 exponentials for backward.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rows is not None:
             _set_strip_rows(monkeypatch, rows)
@@ -66,6 +70,7 @@ def _set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
+    monkeypatch.setattr(contrastive, "KEPT_ELEMENTS", 2**10)
     if HAS_TRITON:
         set_small_blocks(monkeypatch)
         # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.

@@ -36,13 +36,17 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
-from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics
+from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics, SharedExponentials
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
 from cyclip_loss.terms.operators import Operator, empty_grad_like
 from cyclip_loss.terms.positives import Positives, without_positives
+
+
+# Of at most this many logits (64 MB in float32), forward keeps the exponentials for backward.
+KEPT_ELEMENTS = 2**24
 
 
 class Started(NamedTuple):
@@ -148,7 +152,8 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairL
         if plan.contrastive == "dense":
             results = dense.log_sum_exps(logits, batch.traced)
         else:
-            inputs = (*logits, *others, batch.traced, plan)
+            keeps = _keeps_exponentials(logits, comparison.ranks, plan)
+            inputs = (*logits, *others, batch.traced, plan, keeps)
             results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
         if comparison.has_pairs:
             found.append(PairLogSumExps(*results))
@@ -158,6 +163,13 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairL
             # Not `_replace`, which PyTorch 2.8 cannot trace.
             found[0] = PairLogSumExps(joined, found[0].pair_logits, found[0].other_positives)
     return found
+
+
+def _keeps_exponentials(logits: Logits, ranks: Ranks, plan: Plan) -> bool:
+    """Whether forward keeps the exponentials of all logits for backward."""
+    num_logits = logits.row_features.shape[0] * ranks.total_rows(logits.column_features.shape[0])
+    needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in logits[:3])
+    return plan.shares_exponentials and needs_backward and num_logits <= KEPT_ELEMENTS
 
 
 def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
@@ -173,19 +185,19 @@ class _LogSumExps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *inputs, keeps = inputs
         logits = start_streaming(ctx, *inputs)
-        results: tuple[Tensor, ...] = logsumexp_forward.chosen(ctx.traced)(
-            logits, ctx.plan, ctx.ranks
+        *results, row_max, values = logsumexp_forward.chosen(ctx.traced)(
+            logits, keeps, ctx.plan, ctx.ranks
         )
-        rows, columns, scale, row_ids, column_ids, *_ = logits
-        ctx.save_for_backward(rows, columns, scale, row_ids, column_ids, results[0])
-        return results if logits.positives else results[:2]
+        ctx.save_for_backward(*logits[:5], results[0], row_max, values)
+        return tuple(results if logits.positives else results[:2])
 
     @staticmethod
     def backward(
         ctx: Any, lse_grad: Tensor, pair_grad: Tensor, other_grad: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, lse = ctx.saved_tensors
+        *tensors, lse, row_max, values = ctx.saved_tensors
         logits = Logits(*tensors, *ctx.layout)
         # Only columns are shared with other ranks.
         ranks = ctx.ranks if logits.symmetric else Ranks()
@@ -208,6 +220,7 @@ class _LogSumExps(torch.autograd.Function):
         grads = contrastive_backward.chosen(ctx.traced)(
             logits,
             SavedStatistics(rows, columns, pair_grad, unit),
+            SharedExponentials(row_max, values),
             other_grad,
             list(ctx.needs_input_grad[:3]),
             ctx.own_columns,
@@ -232,37 +245,47 @@ def start_streaming(ctx: Any, *inputs: Any) -> Logits:
     return Logits(rows, columns, scale, row_ids, column_ids, *layout)
 
 
-def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `PairLogSumExps`; the last one is empty without `logits.positives`.
+def _forward(
+    logits: Logits, keeps: bool, plan: Plan, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `PairLogSumExps`, of which the third is empty without `logits.positives`.
 
-    The columns are this rank's own or, if the strategy gathers columns, those of all ranks.
+    Then those of `SharedExponentials`, empty if none are shared or, unless `keeps`, kept. The
+    columns are this rank's own or, if the strategy gathers columns, those of all ranks.
     """
     engine = engines.load(plan.engine, logits.row_features)
-    block_lse, others = engine.contrastive_lse, logits.logit_scale.new_empty(0)
+    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
+    block_lse, new = engine.contrastive_lse, logits.logit_scale.new_empty
+    others = new(0)
+    shares = plan.shares_exponentials
+    shared = SharedExponentials(new(n if shares else 0), new((n, m) if keeps else (0,)))
+    if shares:
+        block_lse = partial(block_lse, shared=shared)
     positives = Positives(logits.column_ids) if logits.positives else None
     if positives is not None:
-        block_lse = partial(positives.block_lse, engine)
+        block_lse = partial(positives.block_lse, block_lse)
     with without_autocast(logits.row_features):
         found = STRATEGIES[plan.strategy].log_sum_exps(block_lse, logits, ranks)
         if positives is not None:
             shares = positives.other_shares(logits.row_ids, others.dtype)
             others = logits.logit_scale * positives.row_products
             others -= (shares * found.pair_logits).sum()
-    n = logits.row_features.shape[0]
     lse, pair_logits = found.of_rows[None], found.pair_logits
     if logits.symmetric and found.negatives_lse.shape[0] == 2 * n:  # this rank's columns only
         lse = found.negatives_lse.view(2, n)
     elif logits.symmetric:
         lse = torch.stack((found.of_rows, found.of_columns[logits.pairs[1]]))
-    return lse, pair_logits, others
+    return lse, pair_logits, others, *shared
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     logits, new = given.logits, given.logits.logit_scale.new_empty
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n = logits.row_features.shape[0]
+    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
     others = new(()) if logits.positives else new((0,))
-    return new((2 if logits.symmetric else 1, n)), new((n,)), others
+    row_max = new((n if given.plan.shares_exponentials else 0,))
+    values = new((n, m) if given.keeps else (0,))
+    return new((2 if logits.symmetric else 1, n)), new((n,)), others, row_max, values
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
@@ -271,6 +294,7 @@ logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
 def _backward(
     logits: Logits,
     saved: SavedStatistics,
+    shared: SharedExponentials,
     other_grad: Tensor | None,
     needs: list[bool],
     own_columns: int,
@@ -292,12 +316,14 @@ def _backward(
         pair_gradient = saved.pair_gradient - other_grad * shares
         saved = saved._replace(pair_gradient=pair_gradient)
 
+    options = {"shared": shared} if plan.shares_exponentials else {}
+
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         grads: Gradients
+        negatives = block if positives is None else without_positives(block)
+        grads = engine.contrastive_grads(negatives, saved, needs, float32_grads, **options)
         if positives is None:
-            grads = engine.contrastive_grads(block, saved, needs, float32_grads)
             return grads
-        grads = engine.contrastive_grads(without_positives(block), saved, needs, float32_grads)
         return positives.add_grads(grads, block, other_grad, needs)
 
     with without_autocast(logits.row_features):

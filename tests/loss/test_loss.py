@@ -8,7 +8,19 @@ import rounding
 import torch
 from accuracy import check_loss, exact_results
 from hypothesis import given
-from inputs import DTYPES, FEATURES, FOR_KERNELS, FUNCTIONS, INPUTS, TERMS, VIEWS, Case, cases
+from hypothesis import strategies as st
+from inputs import (
+    ANY_SCALE,
+    DTYPES,
+    FEATURES,
+    FOR_KERNELS,
+    FUNCTIONS,
+    INPUTS,
+    TERMS,
+    VIEWS,
+    Case,
+    cases,
+)
 from support import examples, needs_triton, setting
 from torch import Tensor
 
@@ -25,6 +37,11 @@ HARD = [
     Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, reason="worst pairs"),
     # exp(l - 100) would underflow, and its log be -inf.
     Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS, reason="all logits are -100"),
+    # Exponentials relative to a row's maximum vanish in columns that are far below every row.
+    Case(65, 33, logit_scale=1e3, reason="columns of their own maxima"),
+    Case(
+        65, 33, logit_scale=150.0, upstream=(2.0**80,) * 3, lambdas=(0, 0), reason="large upstream"
+    ),
     # Without clamping, both engines would return a negative number.
     Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS, reason="P_cross is 0"),
     Case(260, 5, reason="several groups of row tiles"),
@@ -50,6 +67,13 @@ HARD = [
 @examples(6)
 @given(case=cases())
 def test_eager_engine_is_accurate_in_each_element(case: Case, device) -> None:
+    check_loss(case, "eager", device)
+
+
+@examples(2)
+@given(case=cases(dtype=st.sampled_from(DTYPES[:3]), logit_scale=ANY_SCALE))
+def test_eager_engine_is_accurate_at_any_scale(case: Case, device) -> None:
+    """Columns may be far below every row. (Gradients of float16 features would overflow.)"""
     check_loss(case, "eager", device)
 
 
