@@ -25,10 +25,10 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     features = batch.image_features
     engine = options.impl if batch.traced else engines.choose(options.impl, features)[0]
     contrastive = "none" if batch.logit_scale is None else "streamed"
-    penalties, with_cross = "none", False
+    penalties, with_cross, centered = "none", False, False
     if isinstance(options, PenaltyOptions):
         if options.has_penalties():
-            penalties = "gram"
+            penalties, centered = "gram", options.centered
         elif output_dict or contrastive == "none":
             penalties = "zero"
         with_cross = options.needs_cross(output_dict)
@@ -51,7 +51,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         if contrastive == "streamed" and not batch.positives and most <= limit:
             contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
-    plan = Plan(contrastive, penalties, engine, strategy, output_dict, with_cross)
+    plan = Plan(contrastive, penalties, engine, strategy, output_dict, with_cross, centered)
     if not batch.traced and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)
     return plan
