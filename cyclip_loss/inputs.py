@@ -150,6 +150,7 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         "whether the penalties are computed apart (output_dict, or different lambdas)": (
             has_penalties and plan.with_cross
         ),
+        "whether the features of the penalties are centered": plan.centered,
         "which of the augmented and negative features are given": ", ".join(
             c.name for c in comparisons[1:]
         ),

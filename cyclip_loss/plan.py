@@ -25,10 +25,10 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     features = batch.image_features
     engine = options.impl if batch.traced else engines.choose(options.impl, features)[0]
     contrastive = "none" if batch.logit_scale is None else "streamed"
-    penalties, with_cross = "none", False
+    penalties, with_cross, centered = "none", False, False
     if isinstance(options, PenaltyOptions):
         if options.has_penalties():
-            penalties = "gram"
+            penalties, centered = "gram", options.centered
         elif output_dict or contrastive == "none":
             penalties = "zero"
         with_cross = options.needs_cross(output_dict)
@@ -56,7 +56,14 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     # On other devices the host would wait to see whether the shared exponentials are exact.
     shares_exponentials = is_eager and features.is_cpu and strategy == "gather"
     plan = Plan(
-        contrastive, penalties, engine, shares_exponentials, strategy, output_dict, with_cross
+        contrastive,
+        penalties,
+        engine,
+        shares_exponentials,
+        strategy,
+        output_dict,
+        with_cross,
+        centered,
     )
     if not batch.traced and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)

@@ -114,10 +114,11 @@ class CySigLIPLoss(ContrastiveModule):
         )
         plan = make_plan(batch, self, output_dict)
         batch = agree(batch, plan, self)
+        centered = cyclic.centered(batch, plan)
         started = contrastive.start(batch, plan)
-        grams = cyclic.start_grams(batch, plan)
+        grams = cyclic.start_grams(centered, plan)
         terms = {"contrastive_loss": elementwise_loss("sigmoid", batch, plan, started)}
-        terms |= cyclic.terms(batch, plan, self, grams)
+        terms |= cyclic.terms(centered, plan, self, grams)
         if not batch.traced:
             usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs())
             check_inputs_once(self, batch)

@@ -1,11 +1,14 @@
 """What `pretrain` and `evaluate` share: models, and the files of a run of OpenCLIP's trainer."""
 
 import ast
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+
+import cyclip_loss
 
 from .command_line import UsageError
 
@@ -27,6 +30,28 @@ def read_parameters(path: Path) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parameters[name] = value
     return parameters
+
+
+def code_version() -> str | None:
+    """The commit of the code, and whether its files were changed: "HASH clean" or "HASH dirty".
+
+    None if this folder and `cyclip_loss` are not files of one git repository.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commands = (
+        # Fails if git ignores the code, which is then in an environment inside another repository.
+        ["ls-files", "--error-unmatch", __file__, cyclip_loss.__file__],
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no"],
+    )
+    try:
+        _, commit, changes = (
+            subprocess.check_output([*git, *command], stderr=subprocess.DEVNULL, text=True)
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit.strip()} {'dirty' if changes else 'clean'}"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

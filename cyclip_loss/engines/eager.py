@@ -401,43 +401,31 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 
 
 def cyclic_grads(
-    image_features: Tensor,
-    text_features: Tensor,
-    grams: Tensor,
-    grads: list[Tensor],
-    weights: list[Tensor],
-    size: int,
-    needs: list[bool],
+    image_features: Tensor, text_features: Tensor, gram_grads: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `size` * the weighted penalties, given the upstream gradients `grads`.
+    """Gradients of the features, given those of the Gram matrices, dA, dB and dC (2 or 3, D, D).
 
-    With a = size * grads[0] * weights[0], b = size * grads[-1] * weights[1]:
+        dU = U (dA + dA^T) + V dC        dI = dU + dV
+        dV = V (dB + dB^T) + U dC^T      dT = dU - dV
 
-        dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
-        dV = (a+b) V A + (a-b) U C          dT = dU - dV
-
-    grams, weights: as in `terms.cyclic.penalties_of`; without C, a = b. Returns dI and dT, (n, D),
-    in the features' dtype, empty where not needed.
+    Returns dI and dT, (n, D), in the features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
-    inmodal = grads[0] * (weights[0] * size)
-    crossmodal = grads[-1] * (weights[1] * size)
-    total, difference = inmodal + crossmodal, inmodal - crossmodal
-    # If the terms were added up, a = b may hold; on a CPU the comparison costs nothing.
-    with_cross = len(grams) == 3 and (difference.device.type != "cpu" or difference != 0)
-    weighted = grams[:2] * total
-    cross = grams[2] * difference if with_cross else None
+    a, b, *c = gram_grads.unbind()
+    a, b = a + a.T, b + b.T
+    # Of equal weights, dC is 0; on a CPU looking costs little.
+    with_cross = c and (not c[0].is_cpu or c[0].any())
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
     for start, stop in strips(n, rows_per_strip(d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
         u, v = image + text, image - text
-        u_grad, v_grad = u @ weighted[1], v @ weighted[0]
-        if cross is not None:
-            u_grad.addmm_(v, cross.T)
-            v_grad.addmm_(u, cross)
+        u_grad, v_grad = u @ a, v @ b
+        if with_cross:
+            u_grad.addmm_(v, c[0])
+            v_grad.addmm_(u, c[0].T)
         if needs_image:
             image_grad[start:stop] = u_grad + v_grad
         if needs_text:

@@ -17,7 +17,7 @@ from ..evaluate.demonstration import DATASETS, open_dataset
 from ..evaluate.metrics import measure
 from ..files import write_text
 from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
-from ..runs import PARAMETERS
+from ..runs import PARAMETERS, code_version
 from .batches import EmojiBatches
 from .model import MODEL, TINY, build_model
 from .train import REFERENCE_BATCH_SIZE, train
@@ -107,7 +107,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"{name}: finished before")
             continue
         print(f"run {count} of {len(runs)}: {name}", flush=True)
-        config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
+        run = {"name": name, "loss": loss, "seed": seed, "commit": code_version()}
+        config = argparse.Namespace(**run, **settings)
         config.penalty_weight *= LOSSES[loss].inmodal or LOSSES[loss].crossmodal
         logit_bias = None
         if LOSSES[loss].siglip:

@@ -141,7 +141,7 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 
 
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The loss and the seed of a run, for tables. The loss is None if it is not known.
+    """The loss, the seed and the commit of a run, for tables. What is not known is None.
 
     The run's settings decide. The authors' checkpoints have none, but the loss as their title.
 
@@ -154,7 +154,7 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
         views = "contrastive" if parameters.get("views") else ""
         settings = (*penalties, views, bool(parameters.get("siglip")))
         loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)
-    return {"loss": loss, "seed": parameters.get("seed")}
+    return {"loss": loss, "seed": parameters.get("seed"), "commit": parameters.get("commit")}
 
 
 def default_precision(device: torch.device) -> str:

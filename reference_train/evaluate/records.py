@@ -39,9 +39,7 @@ def start(
             if (stored := result["settings"].get(name)) != wanted:
                 what = f"--out {out}: holds an evaluation with {name} = {stored}, not {wanted}"
                 raise UsageError(f"{what}: choose another --out")
-        # A dict keeps the order of the commands, and each command once.
-        commands = dict.fromkeys([*result["command"].splitlines(), command])
-        return result | {"command": "\n".join(commands)}
+        return result | {"command": command}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -87,7 +85,7 @@ def describe(data: Dataset) -> dict[str, Any]:
 
 
 def merge(records: Mapping[str, Result]) -> Result:
-    """Merges several evaluations into one.
+    """Merges several evaluations into one. Its command is that of the first.
 
     records: the evaluations by name. If two evaluations have runs of the same title that are of
     other weights, the name is added to the title.
@@ -97,7 +95,7 @@ def merge(records: Mapping[str, Result]) -> Result:
     merged: Result = {part: {} for part in PARTS}
     for key in ("date", "command", "versions", "device", "settings"):
         merged[key] = [result[key] for result in records.values()]
-    merged["date"], merged["command"] = max(merged["date"]), "\n".join(merged["command"])
+    merged["date"], merged["command"] = max(merged["date"]), merged["command"][0]
     for record, result in records.items():
         for name, data in result["data_sets"].items():
             if merged["data_sets"].setdefault(name, data) != data:

@@ -4,6 +4,7 @@
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
@@ -322,6 +323,8 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     result = merge({str(path): read_evaluation(path) for path in arguments.evaluations})
+    if len(arguments.evaluations) > 1:
+        result["command"] = shlex.join(["python", "-m", "reference_train", "report", *argv])
     if arguments.out:  # else `evaluate` may be adding results to the folder's record
         save(result, arguments.out)
     write(result, arguments.out or arguments.evaluations[0])

@@ -27,7 +27,7 @@ from cyclip_loss import open_clip_train
 from ..command_line import Parser, UsageError, say, whole_number
 from ..data.samples import fingerprint
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
-from ..runs import register_models
+from ..runs import PARAMETERS, code_version, read_parameters, register_models
 from . import patches, shards, views
 from .presets import BATCH_SIZES, NO_AUGMENTATION, preset
 from .resume import epochs_done
@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
     check_settings(args)
     folder = Path(args.logs) / args.name
     done = epochs_done(folder, args)
+    # A run that is resumed with other code has all of its commits.
+    earlier = str(read_parameters(folder / PARAMETERS).get("commit")).split(", ") if done else []
+    added_settings["commit"] = ", ".join(dict.fromkeys([*earlier, str(code_version())]))
     if options.dry_run:
         return
     if done < args.epochs:

@@ -59,9 +59,10 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, mo
     ],
 )
 def test_the_settings_of_a_run_decide_its_loss(changes: dict[str, Any], loss: str | None) -> None:
-    parameters = {"seed": 3, "lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **changes}
-    assert describe_run("clip", parameters) == {"loss": loss, "seed": 3}
-    assert describe_run("i-cyclip", {}) == {"loss": "i-cyclip", "seed": None}
+    known = {"seed": 3, "commit": "abc clean"}
+    parameters = {**known, "lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **changes}
+    assert describe_run("clip", parameters) == {"loss": loss, **known}
+    assert describe_run("i-cyclip", {}) == {"loss": "i-cyclip", **dict.fromkeys(known)}
 
 
 def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_path) -> None:

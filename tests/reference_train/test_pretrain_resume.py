@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from pages import blocks
 from processes import run_python
 
+from reference_train import runs
 from reference_train.command_line import UsageError
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain import resume
@@ -145,6 +147,30 @@ def test_a_finished_run_takes_more_epochs_and_data_that_moved(
     pretrain("--epochs 2", data=".")
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
     assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
+
+
+def test_a_run_records_the_commits_of_its_code(pretrain, tmp_path, monkeypatch) -> None:
+    for epochs, version in ((1, "a clean"), (2, "b dirty"), (3, "b dirty"), (3, "c clean")):
+        monkeypatch.setattr(command, "code_version", lambda version=version: version)
+        pretrain(f"--epochs {epochs}")
+    assert runs.read_parameters(tmp_path / "run" / "params.txt")["commit"] == "a clean, b dirty"
+
+
+def test_the_commit_is_of_code_that_git_tracks(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "code.py"
+    for module in (runs, runs.cyclip_loss):
+        monkeypatch.setattr(module, "__file__", str(file))
+    file.touch()
+    found = []
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm files"):
+        found.append(runs.code_version())
+        subprocess.run(["git", "-C", tmp_path, *arguments.split()], check=True)
+    commit, clean = str(runs.code_version()).split()
+    assert (found, len(commit), clean) == ([None, None, None], 40, "clean")
+    file.write_text("changed")
+    assert runs.code_version() == f"{commit} dirty"
+    monkeypatch.setattr(runs.cyclip_loss, "__file__", runs.open_clip.__file__)
+    assert runs.code_version() is None
 
 
 def test_a_run_refuses_other_data_and_a_damaged_checkpoint(

@@ -1,0 +1,22 @@
+# The settings of the loss that photos.sh and icons.sh compare. R is the reference batch size.
+#   clip             CLIP's loss
+#   recommended      R = 32, times the progress of CLIP's loss: the launcher's default
+#   warmup           R = 128, as strong as in the paper, after a warm-up of 512 steps
+#   constant         R = 128, at full strength from the first step
+#   c-cyclip-warmup, i-cyclip-warmup    as warmup, with the cross-modal or the in-modal penalty alone
+# NAME-centered: with penalties on centred features. NAME-ids: without pairs of the same caption as
+# negatives.
+loss_flags() { # SETTING
+    paper="--reference-batch-size 128 --no-lambda-progress"
+    case $1 in
+    clip*) echo "--loss clip" ;;
+    recommended*) echo "--loss cyclip" ;;
+    warmup*) echo "--loss cyclip $paper --lambda-warmup 512" ;;
+    constant*) echo "--loss cyclip $paper" ;;
+    [ci]-cyclip-warmup) echo "--loss ${1%-warmup} $paper --lambda-warmup 512" ;;
+    esac
+    case $1 in
+    *-centered) echo "--centered" ;;
+    *-ids) echo "--same-captions ignored" ;;
+    esac
+}
