@@ -44,7 +44,6 @@ from cyclip_loss.terms import dense
 from cyclip_loss.terms.operators import Operator, empty_grad_like
 from cyclip_loss.terms.positives import Positives, without_positives
 
-
 # Of at most this many logits (64 MB in float32), forward keeps the exponentials for backward.
 KEPT_ELEMENTS = 2**24
 
