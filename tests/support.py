@@ -70,6 +70,7 @@ def _set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
+    monkeypatch.setattr(numerics, "FULL_SPEED_ELEMENTS", 1)
     monkeypatch.setattr(contrastive, "KEPT_ELEMENTS", 2**10)
     if HAS_TRITON:
         set_small_blocks(monkeypatch)

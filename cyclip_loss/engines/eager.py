@@ -427,7 +427,7 @@ def cyclic_grads(
             u_grad.addmm_(v, c[0])
             v_grad.addmm_(u, c[0].T)
         if needs_image:
-            image_grad[start:stop] = u_grad + v_grad
+            torch.add(u_grad, v_grad, out=image_grad[start:stop])
         if needs_text:
-            text_grad[start:stop] = u_grad.sub_(v_grad)
+            torch.sub(u_grad, v_grad, out=text_grad[start:stop])
     return image_grad, text_grad
