@@ -17,9 +17,9 @@ Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradie
 and g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)). So engines compute G_ij from two vectors,
 whatever the loss is.
 
-Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
-again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D. Small batches are dense
-(`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
+Forward saves the features and vectors of N elements. Backward computes the logits again, 8 N^2 D
+flops in all, unless the eager engine keeps their exponentials (6 N^2 D, as dense autograd takes;
+`eager.contrastive_lse`). Small batches are dense (`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
 together. Gradients are summed across ranks in the accumulation dtype. What needs several steps, or
 whose result a rank may not use, is inside the operators, where `torch.compile` does not see it. If
 it were traced, a ring would keep every block for backward, and a rank without rows would drop
