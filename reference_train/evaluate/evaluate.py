@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from webdataset.shardlists import expand_urls
+
 from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
 from ..data.emoji import read_emoji
-from . import records, report
+from . import demonstration, records, report
 from .checkpoints import (
+    DEMONSTRATION,
     RELEASED_MODEL,
     Checkpoint,
     default_precision,
@@ -18,9 +21,9 @@ from .checkpoints import (
     find_checkpoints,
     load,
 )
-from .datasets import Dataset, find, open_emoji, open_folders
+from .datasets import Dataset, Images, TarImages, Unusable, find, open_emoji, open_folders
 from .demonstration import DATASETS, open_dataset
-from .metrics import measure
+from .metrics import measure, use_training_pairs
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
@@ -141,6 +144,8 @@ def evaluate(
         "path": str(checkpoint.weights),
         **run,
     }
+    if pairs := training_pairs(checkpoint):
+        use_training_pairs(clip, *pairs)
     for name, data in datasets.items():
         clip.progress = f"{title}: {name}"
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
@@ -151,6 +156,20 @@ def evaluate(
             continue
         result["results"].setdefault(title, {})[name] = measured
         records.save(result, arguments.out)
+
+
+def training_pairs(checkpoint: Checkpoint) -> tuple[Images, list[str]] | None:
+    """Pairs that a run was trained on, those of the first shard; None if they are not there."""
+    if Path(checkpoint.weights or "").name == DEMONSTRATION:
+        return demonstration.training_pairs(read_emoji())
+    shards = expand_urls(checkpoint.parameters.get("train_data") or "")
+    try:
+        images = TarImages([Path(shard) for shard in shards[:1]])
+        captions = images.texts("txt")
+    except Unusable as error:
+        say(f"{checkpoint.title}: mixed galleries only without training means: {error}")
+        return None
+    return (images, captions) if captions else None
 
 
 def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:

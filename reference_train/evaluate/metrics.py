@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from cyclip_loss.metrics import consistency_metrics
 
+from . import interchange
 from .checkpoints import Clip
-from .datasets import Dataset
+from .datasets import Dataset, Images
 
 STRIP = 1024  # queries that are compared with the gallery in one product
 TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
@@ -31,6 +32,7 @@ GALLERY = 50_000  # training images that may be neighbours, as in the paper for 
 # Gaps, correlations, alignment and uniformity are computed on at most this many pairs, because the
 # cost is quadratic.
 PAIRS = 10_000
+TRAINING_PAIRS = 4096  # for the means of training features
 
 Numbers = dict[str, float]
 
@@ -50,6 +52,7 @@ class Encoded:
     group_indices: dict[str, Tensor]  # the images of each group, ascending
     text_features: Tensor  # (m, D), of distinct captions, or of class names
     is_right: Tensor  # (n, m) bool, whether a text belongs to an image
+    means: tuple[Tensor, Tensor] | None  # `Clip.means`
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
 
 
@@ -73,6 +76,14 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
     else:
         overall = numbers(encoded, torch.arange(len(data.images))) | probe
     return {"numbers": overall, "groups": groups}
+
+
+def use_training_pairs(clip: Clip, images: Images, captions: list[str]) -> None:
+    """Sets `clip.means`, from a part of these training pairs."""
+    indices = sample_indices(len(images), TRAINING_PAIRS)
+    image_features = F.normalize(clip.encode_images(images, indices, "training pairs"), dim=-1)
+    text_features = clip.encode_texts([captions[i] for i in indices.tolist()])
+    clip.means = image_features.mean(dim=0), text_features.mean(dim=0)
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
@@ -112,6 +123,7 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         },
         text_features=text_features,
         is_right=is_right,
+        means=clip.means,
     )
 
 
@@ -170,8 +182,22 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
         found |= {f"{prefix}{name}": value for name, value in task_numbers.items()}
     found |= retrieval_numbers(encoded, indices)
     sampled = indices[sample_indices(len(indices), PAIRS)]
-    texts = encoded.is_right[sampled].byte().argmax(dim=1)  # one for each image
-    geometry = consistency_metrics(encoded.image_features[sampled], encoded.text_features[texts])
+    is_right = encoded.is_right[sampled]
+    texts = encoded.text_features[is_right.byte().argmax(dim=1)]  # one for each image
+    geometry = consistency_metrics(encoded.image_features[sampled], texts)
+    data, labels, captions = encoded.data, None, None
+    if data.captions is not None:
+        captions = [data.captions[i][0] for i in sampled.tolist()]
+    if "" in data.classes and not data.groups:
+        labels = data.classes[""].labels[sampled]
+    found |= interchange.numbers(
+        encoded.image_features[sampled],
+        encoded.text_features,
+        is_right,
+        encoded.means,
+        captions,
+        labels,
+    )
     # One pair has no uniformity, and two pairs have no correlations.
     return found | {name: float(x) for name, x in geometry.items() if x.isfinite()}
 

@@ -24,7 +24,10 @@ from .records import Result, merge, read_evaluation, save
 # Endings of the metrics that table.md shows for each group.
 GROUP_ENDINGS = ("top1", "_r1")
 # Endings of the metrics that the terminal shows.
-SHORT_ENDINGS = (*GROUP_ENDINGS, "consistency_1", "linear_probe", "_gap", "_correlation")
+SHORT_ENDINGS = (
+    *(*GROUP_ENDINGS, "consistency_1", "linear_probe", "_gap", "_correlation"),
+    *("mixed_r10", "mixed_r10_without_means"),
+)
 HOW_TO_READ = (
     "All numbers are in %, except alignment, uniformity, gaps and correlations. Alignment, "
     "uniformity and gaps are better if lower; correlations are higher if the model is more "
@@ -44,6 +47,23 @@ class Metric(NamedTuple):
     k: int = 1
 
 
+# What `interchange` measures: titles and kinds, without the ending for what is subtracted.
+MODALITIES = ("image", "text")
+INTERCHANGE = {
+    "mixed_r10": ("mixed gallery, R@10", "mixed"),
+    "mixed_text_share": ("mixed gallery, share of texts × 100", ""),
+    "mixed_r10_tenth_of_texts": ("mixed gallery, R@10 × 100, a tenth of the texts", ""),
+    "mixed_r10_tenth_of_images": ("mixed gallery, R@10 × 100, a tenth of the images", ""),
+    **{f"head_{x}_{y}": (f"head {x} → {y} × 100", "") for x in MODALITIES for y in MODALITIES},
+    **{f"v_measure_{x}": (f"V-measure, {x} × 100", "") for x in ("images", "texts", "mixed")},
+    "shared_neighbours": ("shared neighbours × 100", ""),
+    "modality_gap": ("modality gap", ""),
+}
+MEANS_SUBTRACTED = {
+    "": "",
+    "_without_means": ", means subtracted",
+    "_without_gallery_means": ", the gallery's means subtracted",
+}
 # The metrics that do not belong to a task.
 COMMON = {
     "linear_probe": Metric("linear probe", "class"),
@@ -56,6 +76,11 @@ COMMON = {
     "inmodal_correlation": Metric("in-modal correlation"),
     "crossmodal_gap": Metric("cross-modal gap × 100"),
     "crossmodal_correlation": Metric("cross-modal correlation"),
+    **{
+        f"{name}{ending}": Metric(f"{title}{words}", kind)
+        for name, (title, kind) in INTERCHANGE.items()
+        for ending, words in MEANS_SUBTRACTED.items()
+    },
 }
 
 
