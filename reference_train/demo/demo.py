@@ -14,7 +14,7 @@ from ..data.samples import fingerprint
 from ..evaluate import records, report
 from ..evaluate.checkpoints import default_precision
 from ..evaluate.demonstration import DATASETS, open_dataset, training_pairs
-from ..evaluate.metrics import measure, use_training_pairs
+from ..evaluate.metrics import feature_means, measure
 from ..files import write_text
 from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
 from ..runs import PARAMETERS, code_version
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
         trained = train(config, clip, batches, out / name)
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
-        use_training_pairs(clip, *training_pairs(emoji))
+        clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {
             dataset: measure(clip, data) for dataset, data in datasets.items()
         }

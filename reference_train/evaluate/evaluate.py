@@ -23,7 +23,7 @@ from .checkpoints import (
 )
 from .datasets import Dataset, Images, TarImages, Unusable, find, open_emoji, open_folders
 from .demonstration import DATASETS, open_dataset
-from .metrics import measure, use_training_pairs
+from .metrics import feature_means, measure
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
@@ -144,8 +144,7 @@ def evaluate(
         "path": str(checkpoint.weights),
         **run,
     }
-    if pairs := training_pairs(checkpoint):
-        use_training_pairs(clip, *pairs)
+    clip.means = feature_means(clip, *training_pairs(checkpoint))
     for name, data in datasets.items():
         clip.progress = f"{title}: {name}"
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
@@ -158,18 +157,16 @@ def evaluate(
         records.save(result, arguments.out)
 
 
-def training_pairs(checkpoint: Checkpoint) -> tuple[Images, list[str]] | None:
-    """Pairs that a run was trained on, those of the first shard; None if they are not there."""
+def training_pairs(checkpoint: Checkpoint) -> tuple[Images, list[str]]:
+    """Pairs that a run was trained on: those of its first shard. None if it is not there."""
     if Path(checkpoint.weights or "").name == DEMONSTRATION:
         return demonstration.training_pairs(read_emoji())
     shards = expand_urls(checkpoint.parameters.get("train_data") or "")
     try:
-        images = TarImages([Path(shard) for shard in shards[:1]])
-        captions = images.texts("txt")
-    except Unusable as error:
-        say(f"{checkpoint.title}: mixed galleries only without training means: {error}")
-        return None
-    return (images, captions) if captions else None
+        images = TarImages([Path(shards[0])])
+        return images, images.texts("txt") or []
+    except Unusable:
+        return Images([]), []
 
 
 def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:

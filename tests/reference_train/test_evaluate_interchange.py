@@ -41,8 +41,7 @@ def test_mixed_galleries_and_shared_neighbours_agree_with_loops(monkeypatch) -> 
                 hits.append(any(bool(is_right[query, i]) for i in shown))
                 shares.append(len(shown) / 3)
             expected[f"mixed_r10{kind}{ending}"] = sum(hits) / len(hits)
-            if not kind:
-                expected[f"mixed_text_share{ending}"] = sum(shares) / 40
+            expected[f"mixed_text_share{kind}{ending}"] = sum(shares) / len(shares)
     shared = 0
     for query in range(40):
         others = [i for i in range(40) if i != query]
@@ -59,12 +58,10 @@ def test_heads_see_no_title_twice_and_cross_modalities_without_the_means() -> No
     noise = torch.randn(2, 240, 32) / 4
     images, texts = normalize(classes[labels] + noise[0], dim=-1), classes[labels] + noise[1]
     found = interchange.label_numbers(images, normalize(texts + shift, dim=-1), labels, titles)
-    assert found["head_image_text"] < 0.6
+    assert found["head_image_text"] < 0.7
     assert found["head_image_text_without_means"] > 0.9
     assert found["head_image_image"] == found["v_measure_images"] == 1
     of_titles = normalize(torch.randn(60, 32), dim=-1).repeat(4, 1)  # they say nothing of the class
-    found = interchange.label_numbers(of_titles, of_titles, labels, None)
-    assert found["head_image_image"] > 0.7
-    assert found.keys().isdisjoint(["head_text_text", "v_measure_texts", "v_measure_mixed"])
-    found = interchange.label_numbers(of_titles, of_titles, labels, titles)
-    assert found["head_image_image"] < 0.5
+    for captions, low, high in ((None, 0.7, 1), (titles, 0, 0.5)):
+        found = interchange.label_numbers(of_titles, of_titles, labels, captions)
+        assert low < found["head_image_image"] < high
