@@ -1,53 +1,48 @@
-"""Mixed galleries and shared neighbours, compared with loops; heads on made-up features."""
+"""Mixed galleries, compared with loops; neighbours and heads of made-up features."""
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from reference_train.evaluate import interchange
 
 
-def nearest(query: Tensor, gallery: dict[str, Tensor]) -> list[str]:
-    """The names of the three nearest."""
-    return sorted(gallery, key=lambda name: -float(query @ gallery[name]))[:3]
-
-
-def test_mixed_galleries_and_shared_neighbours_agree_with_loops(monkeypatch) -> None:
+def test_mixed_galleries_agree_with_loops(monkeypatch) -> None:
     monkeypatch.setattr(interchange, "STRIP", 7)
     monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
-    images, texts = normalize(torch.randn(40, 4), dim=-1), normalize(torch.randn(45, 4), dim=-1)
+    images, texts = (normalize(torch.randn(n, 4), dim=-1) for n in (40, 45))
     # Image i has texts i and i + 1. The last four belong to no image, so they are in no gallery.
     is_right = (torch.eye(40, 45) + torch.eye(40, 45).roll(1, dims=1)).bool()
-    own = texts[:40]
-    means = {
-        "": torch.zeros(2, 4),
-        "_without_means": torch.randn(2, 4) / 2,
-        "_without_gallery_means": torch.stack([images.mean(dim=0), texts[:41].mean(dim=0)]),
-    }
-    given = images, texts, is_right, tuple(means["_without_means"])
-    found = interchange.numbers(*given, captions=["a"] * 40, labels=None)
-    expected = {"modality_gap": float((images.mean(dim=0) - own.mean(dim=0)).norm())}
+    means = tuple(torch.randn(2, 4) / 2)
+    found = interchange.gallery_numbers(images, texts, is_right, means)
     steps = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
-    for ending, (image_mean, text_mean) in means.items():
-        x, y = normalize(images - image_mean, dim=-1), normalize(texts - text_mean, dim=-1)
-        for kind, (image_step, text_step) in steps.items():
-            hits, shares = [], []
-            for query in is_right[:, :41:text_step].any(dim=1).nonzero()[:, 0].tolist():
-                gallery = {f"image {i}": x[i] for i in range(0, 40, image_step) if i != query}
-                gallery |= {f"text {i}": y[i] for i in range(0, 41, text_step)}
-                names = [name.split() for name in nearest(x[query], gallery)]
-                shown = [int(number) for what, number in names if what == "text"]
-                hits.append(any(bool(is_right[query, i]) for i in shown))
-                shares.append(len(shown) / 3)
-            expected[f"mixed_r10{kind}{ending}"] = sum(hits) / len(hits)
-            expected[f"mixed_text_share{kind}{ending}"] = sum(shares) / len(shares)
-    shared = 0
-    for query in range(40):
-        others = [i for i in range(40) if i != query]
-        tops = [nearest(z[query], {str(i): z[i] for i in others}) for z in (images, own)]
-        shared += len(set(tops[0]) & set(tops[1]))
-    assert found == pytest.approx(expected | {"shared_neighbours": shared / 120})
+    for kind, (image_step, text_step) in steps.items():
+        hits, num_texts = [], 0
+        for query in is_right[:, :41:text_step].any(dim=1).nonzero()[:, 0].tolist():
+            gallery = [(images[i], -1) for i in range(0, 40, image_step) if i != query]
+            gallery += [(texts[i], i) for i in range(0, 41, text_step)]
+            gallery.sort(key=lambda row: -float(images[query] @ row[0]))
+            shown = [i for _, i in gallery[:3] if i >= 0]
+            hits.append(bool(is_right[query, shown].any()))
+            num_texts += len(shown)
+        assert found[f"mixed_r10{kind}"] == pytest.approx(sum(hits) / len(hits))
+        assert found[f"mixed_text_share{kind}"] == pytest.approx(num_texts / 3 / len(hits))
+    gallery_means = images.mean(dim=0), texts[:41].mean(dim=0)
+    for ending, pair in (("_without_means", means), ("_without_gallery_means", gallery_means)):
+        less = (normalize(x - y, dim=-1) for x, y in zip((images, texts), pair, strict=True))
+        expected = interchange.gallery_numbers(*less, is_right, None)
+        assert found["mixed_r10" + ending] == pytest.approx(expected["mixed_r10"])
+
+
+def test_shared_neighbours_and_the_modality_gap_are_those_by_hand(monkeypatch) -> None:
+    monkeypatch.setattr(interchange, "NEIGHBOURS", 1)
+    # On an arc the nearest of the images are 1, 0, 1 and 2, and of the texts 1, 2, 1 and 2.
+    angles = torch.tensor([[0.0, 1, 3, 7], [0, 5, 6, 8]]) / 10
+    images, texts = torch.stack([angles.cos(), angles.sin()], dim=2)
+    found = interchange.numbers(images, texts, torch.eye(4).bool(), None, [*"abcd"], None)
+    assert found["shared_neighbours"] == 0.75
+    gap = (angles.cos()[0] - angles.cos()[1]).mean(), (angles.sin()[0] - angles.sin()[1]).mean()
+    assert found["modality_gap"] == pytest.approx(float(torch.stack(gap).norm()))
 
 
 def test_heads_see_no_title_twice_and_cross_modalities_without_the_means() -> None:
