@@ -2,27 +2,17 @@
 
     python .mkdocs/pictures.py
 
-penalties.png: what the two penalties compare. cost.png: time and memory of a step, from the record
-benchmarks/results/results.csv. recommended.png: differences to CLIP with their intervals. White
-backgrounds keep them readable in dark mode.
+penalties.png: what the two penalties compare. recommended.png: differences to CLIP with their
+intervals. White backgrounds keep them readable in dark mode.
 """
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
-from tables import ROOT, SPECS, compared_rows, interval, runs_of
+from tables import ROOT, SPECS, compared_rows, interval
 
-RECORD = ROOT / "benchmarks/results/results.csv"
-DEVICE = "AMD EPYC, threads: 2, float32"
 IN_MODAL, CROSS_MODAL, PAIR = "#D55E00", "#0072B2", "#999999"
-# The record's name of a loss: its label, and its style. Okabe and Ito's colours, and markers.
-LOSSES = {
-    "open_clip.ClipLoss, no penalties": ("open_clip.ClipLoss", {"color": "#7F7F7F", "marker": "D"}),
-    "authors' formula": ("CyCLIP, the authors' formula", {"color": "#0072B2", "marker": "s"}),
-    "CyCLIPLoss(0, 0)": ("CyCLIPLoss(0, 0): CLIP", {"color": "#009E73", "marker": "^"}),
-    "CyCLIPLoss": ("CyCLIPLoss(): CyCLIP", {"color": "#D55E00", "marker": "o"}),
-}
 
 
 def draw_penalties() -> None:
@@ -54,31 +44,6 @@ def draw_penalties() -> None:
     figure.savefig(ROOT / "docs/penalties.png")
 
 
-def draw_cost() -> None:
-    """Seconds and MB of forward and backward over the number of pairs, with 512 features."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), dpi=150, layout="constrained")
-    runs = list(runs_of(RECORD))
-    for loss, (label, style) in LOSSES.items():
-        numbers = {
-            key: y for name, row in runs if name == f"{DEVICE}/{loss}" for key, y in row.items()
-        }
-        for ax, unit, factor in zip(axes, ("ms", "MB"), (1e-3, 1), strict=True):
-            sizes = sorted(
-                int(key.split("x")[0]) for key in numbers if key.endswith(f"x512 {unit}")
-            )
-            values = [factor * numbers[f"{n}x512 {unit}"] for n in sizes]
-            ax.loglog(sizes, values, **style, lw=2, label=label)
-    for ax, name in zip(axes, ("seconds", "peak MB"), strict=True):
-        ax.set(xlabel="pairs in the batch", title=f"Forward and backward: {name}")
-        sizes = (128, 512, 2048, 8192, 32768)
-        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
-        ax.minorticks_off()
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
-        ax.grid(alpha=0.3)
-    axes[1].legend(framealpha=1, edgecolor="white")
-    figure.savefig(ROOT / "docs/cost.png")
-
-
 def draw_recommended() -> None:
     """The recommended settings in each task of the table of λ: differences to CLIP's mean."""
     tasks, task = [], ""
@@ -108,5 +73,4 @@ def draw_recommended() -> None:
 
 if __name__ == "__main__":
     draw_penalties()
-    draw_cost()
     draw_recommended()

@@ -87,6 +87,13 @@ class SavedStatistics(NamedTuple):
     unit: Tensor  # scalar
 
 
+class SharedExponentials(NamedTuple):
+    """exp(l_ij - row_max_i), from which the eager engine has the softmax of rows and of columns."""
+
+    row_max: Tensor  # (n,), of the negatives; NaN if a column needs exponentials of its own
+    values: Tensor  # (n, m), 0 where there is no negative; empty if backward computes them again
+
+
 class Gradients(NamedTuple):
     """Gradients of a block's features and of the logit scale; empty tensors where not needed."""
 

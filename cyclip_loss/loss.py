@@ -27,7 +27,8 @@ class CyCLIPLoss(ContrastiveModule):
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
     A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N D): beyond
-    N = 1.5 D the logits are computed in blocks of bounded size. The penalties cost O(N D^2).
+    N = D the logits are computed in blocks of bounded size. (On a CPU, those of at most 2^24 logits
+    are kept, 64 MB.) The penalties cost O(N D^2).
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
@@ -177,12 +178,13 @@ class CyCLIPLoss(ContrastiveModule):
         )
         plan = make_plan(batch, self, output_dict)
         batch = agree(batch, plan, self)
+        centered = cyclic.centered(batch, plan)
         started = contrastive.start(batch, plan, symmetric=True)
-        grams = cyclic.start_grams(batch, plan)
+        grams = cyclic.start_grams(centered, plan)
         losses = contrastive.losses(batch, plan, started)
         weight = self.inmodal_contrastive_weight
         terms = contrastive.weighted(losses, weight)
-        penalties = cyclic.terms(batch, plan, self, grams)
+        penalties = cyclic.terms(centered, plan, self, grams)
         if self.lambda_progress:
             progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
@@ -228,7 +230,8 @@ class CyclicPenalty(Module):
         """
         batch = prepare_pairs(image_features, text_features, self, output_dict)
         plan = make_plan(batch, self, output_dict)
-        terms = cyclic.terms(batch, plan, self, cyclic.start_grams(batch, plan))
+        centered = cyclic.centered(batch, plan)
+        terms = cyclic.terms(centered, plan, self, cyclic.start_grams(centered, plan))
         if not batch.traced:
             usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
             check_inputs_once(self, batch)

@@ -112,6 +112,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="multiply the penalties by this / global batch size; 128: as strong as the paper's; "
         "0: the paper's formula",
     )
+    add(
+        "--centered",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute the penalties on features less each tower's mean over the global batch",
+    )
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (CLIP and SigLIP)")
     add(
@@ -143,6 +149,7 @@ def penalty_options(ours: argparse.Namespace, weight: float = PAPER_LAMBDA) -> d
         "lambda_inmodal": getattr(ours, "lambda_inmodal", weight),
         "lambda_crossmodal": getattr(ours, "lambda_crossmodal", weight),
         "reference_batch_size": ours.reference_batch_size or None,
+        "centered": ours.centered,
         "impl": ours.impl,
     }
 

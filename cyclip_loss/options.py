@@ -157,6 +157,7 @@ class PenaltyOptions(Options):
     lambda_crossmodal: float = option(0.25, weight)
     _: KW_ONLY
     reference_batch_size: int | None = option(None, optional_batch_size)
+    centered: bool = option(False, boolean)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

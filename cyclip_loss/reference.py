@@ -170,6 +170,7 @@ def cyclip_loss(
     augmented_text_features: Tensor | None = None,
     reference_batch_size: int | None = None,
     inmodal_contrastive_weight: float | None = None,
+    centered: bool = False,
     ids: Tensor | None = None,
     same_ids: str = "ignored",
     **negatives: Any,
@@ -180,7 +181,8 @@ def cyclip_loss(
     (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, negatives: as in
     `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the
     paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is added to
-    CLIP's; None: their mean.
+    CLIP's; None: their mean. centered: the penalties are those of the features less their mean over
+    the batch, not normalised again.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
@@ -196,6 +198,9 @@ def cyclip_loss(
         if weight is None:  # the authors' `--inmodal` option
             terms["contrastive_loss"], weight = terms["contrastive_loss"] / 2, 0.5
         terms["inmodal_contrastive_loss"] = weight * (image + text) / 2
+    if centered:
+        image_features = image_features - image_features.mean(dim=0)
+        text_features = text_features - text_features.mean(dim=0)
     return {
         **terms,
         "inmodal_cyclic_loss": lambda_inmodal

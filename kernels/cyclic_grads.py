@@ -1,9 +1,9 @@
-"""Gradients of the cyclic penalties from the Gram matrices A, B, C of U = I + T and V = I - T:
+"""Gradients of the features from those of the Gram matrices of U = I + T and V = I - T:
 
-    dU = (x+y) U B + (x-y) V C^T         dI = dU + dV
-    dV = (x+y) V A + (x-y) U C           dT = dU - dV
+    dU = U (dA + dA^T) + V dC            dI = dU + dV
+    dV = V (dB + dB^T) + U dC^T          dT = dU - dV
 
-x and y are size * weight * upstream gradient of the two penalties. 4 N D^2 flops, 8 with C. U and V
+4 N D^2 flops, 8 with C. U and V
 are formed in registers in float32 and never stored. Neither sum cancels: where U is large, B is
 small, and where V is small, A is large.
 """
@@ -18,35 +18,23 @@ from cyclip_loss.kernels.tiles import (
     aligned_features,
     ceil_div,
     grouped_tile,
-    number_or_pointer,
     round_to_tf32,
-    scalar,
     u_and_v,
 )
 from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit
-def _load_matrix(pointers, weight, PRECISION: tl.constexpr):
-    block = tl.load(pointers) * weight
+def _load_matrix(pointers, PRECISION: tl.constexpr):
+    block = tl.load(pointers)
     return round_to_tf32(block) if PRECISION == "tf32" else block
 
 
-@triton.jit(
-    do_not_specialize=["n"],
-    do_not_specialize_on_alignment=[
-        "inmodal_grad", "crossmodal_grad", "weight_inmodal", "weight_crossmodal",
-    ],
-)  # fmt: skip
+@triton.jit(do_not_specialize=["n"])
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
-    grams,  # (2 or 3, d, d): A, B, C
-    inmodal_grad,  # scalar
-    crossmodal_grad,  # scalar
-    weight_inmodal,  # scalars: numbers or pointers to them
-    weight_crossmodal,
-    size,  # by which the gradients are multiplied
+    matrices,  # (2 or 3, d, d): dA + dA^T, dB + dB^T, dC
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
     n,
@@ -61,10 +49,6 @@ def cyclic_grads_kernel(
     BD: tl.constexpr,
     BK: tl.constexpr,
 ):
-    inmodal = tl.load(inmodal_grad) * (scalar(weight_inmodal) * size)
-    crossmodal = tl.load(crossmodal_grad) * (scalar(weight_crossmodal) * size)
-    total = inmodal + crossmodal
-    difference = inmodal - crossmodal
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD)
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BD + tl.arange(0, BD)
@@ -78,18 +62,19 @@ def cyclic_grads_kernel(
         i = tl.load(image_pointers).to(tl.float32)
         t = tl.load(text_pointers).to(tl.float32)
         u, v = u_and_v(i, t, PRECISION)
-        # (BK, BD) blocks. A and B, which are symmetric, and C^T are read along contiguous rows.
-        mirrored = grams + columns[None, :] * d + inner[:, None]
-        a = _load_matrix(mirrored, total, PRECISION)
-        b = _load_matrix(mirrored + d * d, total, PRECISION)
-        u_grad = tl.dot(u, b, u_grad, input_precision=PRECISION)
-        v_grad = tl.dot(v, a, v_grad, input_precision=PRECISION)
+        # (BK, BD) blocks. The first two, which are symmetric, and dC^T are read along contiguous
+        # rows.
+        mirrored = matrices + columns[None, :] * d + inner[:, None]
+        a = _load_matrix(mirrored, PRECISION)
+        b = _load_matrix(mirrored + d * d, PRECISION)
+        u_grad = tl.dot(u, a, u_grad, input_precision=PRECISION)
+        v_grad = tl.dot(v, b, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
-            c_t = _load_matrix(mirrored + 2 * d * d, difference, PRECISION)
-            direct = grams + inner[:, None] * d + columns[None, :]
-            c = _load_matrix(direct + 2 * d * d, difference, PRECISION)
-            u_grad = tl.dot(v, c_t, u_grad, input_precision=PRECISION)
-            v_grad = tl.dot(u, c, v_grad, input_precision=PRECISION)
+            c_t = _load_matrix(mirrored + 2 * d * d, PRECISION)
+            direct = matrices + inner[:, None] * d + columns[None, :]
+            c = _load_matrix(direct + 2 * d * d, PRECISION)
+            u_grad = tl.dot(v, c, u_grad, input_precision=PRECISION)
+            v_grad = tl.dot(u, c_t, v_grad, input_precision=PRECISION)
 
     offset = rows.to(tl.int64)[:, None] * d + columns[None, :]
     valid = (rows < n)[:, None]
@@ -102,13 +87,7 @@ def cyclic_grads_kernel(
 
 
 def cyclic_grads(
-    image_features: Tensor,
-    text_features: Tensor,
-    grams: Tensor,
-    grads: list[Tensor],
-    weights: list[Tensor],
-    size: int,
-    needs: list[bool],
+    image_features: Tensor, text_features: Tensor, gram_grads: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """As `eager.cyclic_grads`."""
     needs_image, needs_text = needs
@@ -118,18 +97,17 @@ def cyclic_grads(
     image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
     n, d = image.shape
     unpadded = image_features.shape[1]
+    symmetric = gram_grads[:2] + gram_grads[:2].mT
+    matrices = symmetric if len(gram_grads) == 2 else torch.cat((symmetric, gram_grads[2:]))
     if d != unpadded:
-        grams = torch.nn.functional.pad(grams, (0, d - unpadded, 0, d - unpadded))
-    else:
-        grams = aligned_features(grams.flatten(0, 1), d).view(grams.shape)
+        matrices = torch.nn.functional.pad(matrices, (0, d - unpadded, 0, d - unpadded))
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with on_device_of(image):
         cyclic_grads_kernel[grid](
-            image, text, grams, grads[0], grads[-1], *map(number_or_pointer, weights), float(size),
-            image_grad, text_grad, n, d, image.stride(0), text.stride(0),
-            WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
+            image, text, matrices, image_grad, text_grad, n, d, image.stride(0), text.stride(0),
+            WITH_CROSS=len(matrices) == 3, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
             **config.kwargs,
         )  # fmt: skip
     if d == unpadded:

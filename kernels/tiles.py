@@ -47,23 +47,6 @@ def aligned_features(features: Tensor, multiple: int) -> Tensor:
     return features.new_empty(n, d).copy_(features)
 
 
-def number_or_pointer(scalar: Tensor) -> Tensor | float:
-    """A scalar as a kernel argument: a number if it is on the CPU, so that nothing has to wait.
-
-    Under the interpreter, always the tensor: numbers have no type there, which `scalar` needs.
-    """
-    return scalar.item() if scalar.device.type == "cpu" and not INTERPRETED else scalar
-
-
-@triton.jit
-def scalar(x):
-    """The value of an argument from `number_or_pointer`."""
-    if x.dtype.is_ptr():
-        return tl.load(x)
-    else:
-        return x
-
-
 @triton.jit
 def grouped_tile(row_tiles, column_tiles):
     """The (row, column) of this program's tile.

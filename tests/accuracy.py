@@ -124,6 +124,7 @@ def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any
 
         return from_log_sum_exps
     options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
+    options["centered"] = case.centered
     if case.function != "penalties":
         options |= case.id_options | across_ranks
     module = MODULES[case.function](*case.lambdas, **options)
@@ -148,6 +149,7 @@ def defined_terms(case: Case, given: Tensors) -> Tensors:
         lambda_inmodal=case.lambdas[0],
         lambda_crossmodal=case.lambdas[1],
         reference_batch_size=case.reference_batch_size,
+        centered=case.centered,
     )
     if case.function == "siglip":
         terms[TERMS[0]] = reference.siglip_loss(**options, logit_bias=bias)

@@ -54,6 +54,7 @@ class Case:
     function: str = "cyclip"
     lambdas: tuple[float, float] = (0.25, 0.25)
     reference_batch_size: int | None = None
+    centered: bool = False
     views: bool = False  # with augmented features
     output_dict: bool = False
     frozen: frozenset[str] = frozenset()  # inputs without gradient
@@ -213,6 +214,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
         [(0.25, 0.25), (0.25, 0.0), (0.0, 0.25), (1.0, 0.125), (0.5, 8.0), (0.0, 0.0)]
     ),
     "reference_batch_size": st.sampled_from([None, None, 16]),
+    "centered": st.sampled_from([False, False, True]),
     "function": st.sampled_from(["cyclip"] * 4 + list(FUNCTIONS)),
     "views": st.sampled_from([False, False, True]),
     "output_dict": st.booleans(),
@@ -231,6 +233,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+ANY_SCALE = st.integers(-12, 16).map(lambda x: torch.tensor(10 ** (x / 4), device="cpu").item())
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
 FOR_KERNELS: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(DTYPES[1:]),

@@ -58,7 +58,8 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     n = case.n
     penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
     pairs = [x * case.weights.get(y, 0.0) for x, y in zip(penalty_weights, TERMS[1:], strict=True)]
-    value, grad = penalty_bound(*(exact[name] for name in FEATURES), *pairs, eps.penalties)
+    features = [exact[name] for name in FEATURES]
+    value, grad = penalty_bound(*features, *pairs, eps.penalties, case)
     for name, penalty_weight in zip(TERMS[1:], penalty_weights, strict=True):
         found[name] = penalty_weight * value
     for name in FEATURES:
@@ -189,18 +190,28 @@ def gradient_sizes(
     return sizes
 
 
-def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Any]:
+def penalty_bound(
+    image: Tensor, text: Tensor, a: float, b: float, eps: float, case: Case
+) -> list[Any]:
     """The rounding error of N P_in and N P_cross, and of the gradients of a N P_in + b N P_cross.
 
     Each element of U and V is a sum or a difference of two given numbers, so only its last bit is
     inexact. For nearly aligned pairs V is small, and so are all errors. The oracle subtracts
-    products of I and T instead, so its own float64 error is added.
+    products of I and T instead, so its own float64 error is added. Centred features are rounded,
+    and so are their means, of which all features have the same error.
     """
     value = grad = 0.0
     sizes = image.abs() + text.abs()
-    engine = ((image + text).abs(), (image - text).abs(), eps * growth(image.shape[1], eps))
+    centering = 0.0
+    if case.centered:
+        centering, means = torch.finfo(loss_dtype(case.dtype)).eps, sizes.mean(dim=0)
+        image, text = (x - x.mean(dim=0) for x in (image, text))
+        sizes = image.abs() + text.abs() + means
+    u, v = (x.abs() + centering * sizes for x in (image + text, image - text))
+    engine = (u, v, eps * growth(image.shape[1], eps))
+    centered = [(sizes, v, centering), (u, sizes, centering)]
     oracle = (sizes, sizes, FLOAT64)
-    for u, v, precision in (engine, oracle):
+    for u, v, precision in (engine, *centered, oracle):
         w = u @ v.T
         value += precision * w.square().sum()
         equal, different = w @ v + w.T @ u, w.T @ v + w @ u

@@ -12,6 +12,7 @@ the file of the function's name in `kernels/`. A new constexpr needs a step that
 `variants` of `benchmarks/gate/compile.py`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from cyclip_loss.logits import (
     Logits,
     LogSumExps,
     SavedStatistics,
+    SharedExponentials,
 )
 from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
 
@@ -37,13 +39,21 @@ def _columns_to_multiply(logits: Logits) -> Tensor:
     return logits.column_features.to(accumulation_dtype(features.dtype))
 
 
-def _logit_strips(
-    logits: Logits, column_features: Tensor
-) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-    """For each strip: its first row, its end, its row features, its logits, and a buffer like them.
+def _buffer(logits: Logits) -> Tensor:
+    """Uninitialised memory for one strip of logits."""
+    m = len(logits.column_features)
+    height = min(len(logits.row_features), rows_per_strip(m, logits.row_features.device))
+    return logits.logit_scale.new_empty(height, m)
 
-    The next strip overwrites the logits and the buffer, and the caller may. column_features: the
-    result of `_columns_to_multiply`, to whose dtype the row features are cast.
+
+def _logit_strips(
+    logits: Logits, column_features: Tensor, memory: Tensor, is_computed: bool = False
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For each strip: its first row, its end, its row features and its logits in `memory`.
+
+    column_features: the result of `_columns_to_multiply`, to whose dtype the row features are cast.
+    memory: for all logits, or for one strip, which the next one overwrites. is_computed: whether
+    all logits, or what took their place, are there already.
     """
     dtype = accumulation_dtype(column_features.dtype)
     options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
@@ -51,17 +61,15 @@ def _logit_strips(
     # product may be in tf32, which holds 16-bit features exactly, but not s * I.
     scales_rows = column_features.dtype == dtype and column_features.is_cpu
     n, m = len(logits.row_features), len(column_features)
-    height = min(n, rows_per_strip(m, column_features.device))
-    buffers = [column_features.new_empty(height, m, dtype=dtype) for _ in range(2)]
-    for start, stop in strips(n, height):
-        strip, buffer = (x[: stop - start] for x in buffers)
+    for start, stop in strips(n, rows_per_strip(m, column_features.device)):
+        strip = memory[start:stop] if len(memory) == n else memory[: stop - start]
         strip_features = logits.row_features[start:stop].to(column_features.dtype)
-        if scales_rows:
+        if scales_rows and not is_computed:
             torch.mm(strip_features * logits.logit_scale, column_features.T, out=strip)
-        else:
+        elif not is_computed:
             torch.mm(strip_features, column_features.T, out=strip, **options)
             strip.mul_(logits.logit_scale)
-        yield start, stop, strip_features, strip, buffer
+        yield start, stop, strip_features, strip
 
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
@@ -71,18 +79,25 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     return diagonal, slice(start + rows.start, start + rows.stop)
 
 
-def contrastive_lse(logits: Logits) -> LogSumExps:
-    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep."""
+def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> LogSumExps:
+    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
+
+    With `shared`, which is filled for backward, one exponential of each logit serves both. With
+    E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
+    w_i = exp(m_i - max m). Each w_i E_ij may lose 3 * tiny, the smallest normal number, where a
+    factor or the product underflows: a column 3 n * tiny. In a sum of 4 n * tiny / eps or more,
+    that is less than its rounding. If a sum is smaller (e^-61 of the largest possible one for
+    n = 4,096 in float32), columns get exponentials of their own, and `shared.row_max` is NaN.
+    """
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
-    dtype = accumulation_dtype(column_features.dtype)
-    row_negatives_lse = column_features.new_empty(n, dtype=dtype)
-    pair_logits = column_features.new_zeros(n, dtype=dtype)
+    zeros, limits = logits.logit_scale.new_zeros, torch.finfo(logits.logit_scale.dtype)
+    pair_logits, row_lse, column_sum = zeros(n), zeros(n), zeros(m * logits.symmetric)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
-    lowest = torch.finfo(dtype).min
-    column_max = column_features.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
-    column_sum = torch.zeros_like(column_max)
-    for start, stop, _, strip, exps in _logit_strips(logits, column_features):
+    column_max = torch.full_like(column_sum, limits.min)
+    memory = shared.values if shared is not None else zeros(0)
+    memory = memory if memory.numel() else _buffer(logits)
+    for start, stop, _, strip in _logit_strips(logits, column_features, memory):
         strip_pair_logits, paired_rows = _pairs(strip, start, logits)
         # NaN instead of an infinite logit, which would look perfectly matched.
         pair_logits[paired_rows] = strip_pair_logits + (strip_pair_logits - strip_pair_logits)
@@ -90,16 +105,29 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
         same = logits.same_ids(start, stop)
         if same is not None:
             strip.masked_fill_(same, -torch.inf)
-        row_max = strip.amax(dim=1, keepdim=True).clamp_(min=lowest)
-        torch.sub(strip, row_max, out=exps).exp_()
-        row_negatives_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
+        row_max = strip.amax(dim=1).clamp_(min=limits.min)
+        if shared is None:
+            exps = (strip - row_max[:, None]).exp_()
+        else:
+            exps = strip.sub_(row_max[:, None]).exp_()
+            shared.row_max[start:stop] = row_max
+        row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max)
         if logits.symmetric:
-            new_max = torch.maximum(column_max, strip.amax(dim=0))
+            largest = strip.amax(dim=0) if shared is None else row_max.max()
+            new_max = torch.maximum(column_max, largest)
             column_sum.mul_(column_max.sub_(new_max).exp_())
-            column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
+            if shared is None:
+                column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
+            else:
+                column_sum.addmv_(exps.T, row_max.sub(new_max[0]).exp_())
             column_max = new_max
-    column_negatives_lse = column_sum.log_().add_(column_max)
-    return LogSumExps(torch.cat((row_negatives_lse, column_negatives_lse)), pair_logits)
+    smallest = 4 * n * limits.tiny / limits.eps
+    # Written with `not`, so that NaN counts as too small.
+    if shared is not None and logits.symmetric and not column_sum.min() >= smallest:
+        shared.row_max.fill_(torch.nan)
+        return contrastive_lse(logits)
+    column_lse = column_sum.log_().add_(column_max)
+    return LogSumExps(torch.cat((row_lse, column_lse)), pair_logits)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -112,6 +140,7 @@ def contrastive_grads(
     saved: SavedStatistics,
     needs: list[bool],
     float32_grads: bool,
+    shared: SharedExponentials | None = None,
 ) -> Gradients:
     """Gradients of a contrastive term, whose logits have the gradient `unit` * G.
 
@@ -124,17 +153,44 @@ def contrastive_grads(
     Without `symmetric` the columns' terms are left out.
 
     needs: which of the three are needed. dI and dT have the features' dtype or, with
-    `float32_grads`, the accumulation dtype (for sums across ranks).
+    `float32_grads`, the accumulation dtype (for sums across ranks). shared: from
+    `contrastive_lse` of these logits; it is not changed.
     """
     column_features = _columns_to_multiply(logits)
     features = logits.row_features
     grad_dtype = accumulation_dtype(features.dtype) if float32_grads else features.dtype
     products = _Products(logits, column_features, saved.unit, needs, grad_dtype)
     pair_gradient = saved.pair_gradient / saved.unit
-    for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
-        torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
-        if logits.symmetric:
-            gradient.add_(strip.sub_(saved.column_lse).exp_())
+    row_lse, column_lse = saved.row_lse[:, None], saved.column_lse
+    if shared is not None:
+        row_max = shared.row_max[:, None]
+        top = row_max.max()
+        # False if it is NaN, because the exponentials are not shared after all.
+        largest = top - (column_lse.min() if logits.symmetric else top)
+        if not largest < math.log(torch.finfo(top.dtype).max) - 1:
+            shared = None
+    is_kept, buffer, memory = False, _buffer(logits), _buffer(logits)
+    if shared is not None:
+        # exp(l_ij - r_i) + exp(l_ij - c_j) = E_ij (exp(m_i - r_i) + exp(m_i - t) exp(t - c_j))
+        row_weights, top_weights = (row_max - row_lse).exp_(), (row_max - top).exp_()
+        column_weights = (top - column_lse).exp_()
+        is_kept = shared.values.numel() > 0
+        memory = shared.values if is_kept else memory
+    for start, stop, strip_features, strip in _logit_strips(
+        logits, column_features, memory, is_kept
+    ):
+        gradient = buffer[: stop - start]
+        if shared is None:
+            torch.sub(strip, row_lse[start:stop], out=gradient).exp_()
+            if logits.symmetric:
+                gradient.add_(strip.sub_(column_lse).exp_())
+        else:
+            exps = strip if is_kept else strip.sub_(row_max[start:stop]).exp_()
+            if logits.symmetric:
+                torch.mul(top_weights[start:stop], column_weights, out=gradient)
+                gradient.add_(row_weights[start:stop]).mul_(exps)
+            else:
+                torch.mul(exps, row_weights[start:stop], out=gradient)
         same = logits.same_ids(start, stop)
         if same is not None:
             gradient.masked_fill_(same, 0.0)
@@ -236,7 +292,8 @@ def elementwise_terms(
     products = _Products(logits, column_features, factor, needs, scale.dtype)
     sums = scale.new_zeros(2)
     loss, g_sum = sums
-    for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
+    buffer, memory = _buffer(logits), _buffer(logits)
+    for start, stop, strip_features, strip in _logit_strips(logits, column_features, memory):
         strip.add_(logit_bias)
         pairs = _pairs(strip, start, logits)[0]
         pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
@@ -247,7 +304,7 @@ def elementwise_terms(
         _negate_positives(strip, start, logits, is_positive)
         loss.add_(value(strip).sum())
         if any(needs):
-            derivative(strip, out=gradient)
+            gradient = derivative(strip, out=buffer[: stop - start])
             _negate_positives(gradient, start, logits, is_positive)
             g_sum.add_(gradient.sum())
             products.add(start, stop, strip_features, gradient)
@@ -281,45 +338,33 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 
 
 def cyclic_grads(
-    image_features: Tensor,
-    text_features: Tensor,
-    grams: Tensor,
-    grads: list[Tensor],
-    weights: list[Tensor],
-    size: int,
-    needs: list[bool],
+    image_features: Tensor, text_features: Tensor, gram_grads: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `size` * the weighted penalties, given the upstream gradients `grads`.
+    """Gradients of the features, given those of the Gram matrices, dA, dB and dC (2 or 3, D, D).
 
-    With a = size * grads[0] * weights[0], b = size * grads[-1] * weights[1]:
+        dU = U (dA + dA^T) + V dC        dI = dU + dV
+        dV = V (dB + dB^T) + U dC^T      dT = dU - dV
 
-        dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
-        dV = (a+b) V A + (a-b) U C          dT = dU - dV
-
-    grams, weights: as in `terms.cyclic.penalties_of`; without C, a = b. Returns dI and dT, (n, D),
-    in the features' dtype, empty where not needed.
+    Returns dI and dT, (n, D), in the features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
-    inmodal = grads[0] * (weights[0] * size)
-    crossmodal = grads[-1] * (weights[1] * size)
-    total, difference = inmodal + crossmodal, inmodal - crossmodal
-    # If the terms were added up, a = b may hold; on a CPU the comparison costs nothing.
-    with_cross = len(grams) == 3 and (difference.device.type != "cpu" or difference != 0)
-    weighted = grams[:2] * total
-    cross = grams[2] * difference if with_cross else None
+    a, b, *c = gram_grads.unbind()
+    a, b = a + a.T, b + b.T
+    # Of equal weights, dC is 0; on a CPU looking costs little.
+    with_cross = c and (not c[0].is_cpu or c[0].any())
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
     for start, stop in strips(n, rows_per_strip(d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
         u, v = image + text, image - text
-        u_grad, v_grad = u @ weighted[1], v @ weighted[0]
-        if cross is not None:
-            u_grad.addmm_(v, cross.T)
-            v_grad.addmm_(u, cross)
+        u_grad, v_grad = u @ a, v @ b
+        if with_cross:
+            u_grad.addmm_(v, c[0])
+            v_grad.addmm_(u, c[0].T)
         if needs_image:
-            image_grad[start:stop] = u_grad + v_grad
+            torch.add(u_grad, v_grad, out=image_grad[start:stop])
         if needs_text:
-            text_grad[start:stop] = u_grad.sub_(v_grad)
+            torch.sub(u_grad, v_grad, out=text_grad[start:stop])
     return image_grad, text_grad

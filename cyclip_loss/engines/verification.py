@@ -30,16 +30,8 @@ from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
 from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
 from cyclip_loss.usage_warnings import warn_once
 
-# Scalars of the small batch, by argument and place in its list. Different upstream gradients or
-# weights of the two penalties need the Gram matrix C where it is there.
-SCALARS = {
-    "logit_scale": 20.0,
-    "logit_bias": -5.0,
-    "grads[0]": 1.5,
-    "grads[1]": 3.0,
-    "weights[0]": 0.03,
-    "weights[1]": 0.01,
-}
+# Scalars of the small batch, by argument.
+SCALARS = {"logit_scale": 20.0, "logit_bias": -5.0}
 
 
 # A comparison changes filters of warnings and the mode of deterministic algorithms, which belong to
@@ -159,8 +151,6 @@ class VerifiedKernels:
         """A value for the argument or the field `name`, in the layout of `value`."""
         if isinstance(value, Logits):
             return Logits(*map(self._like, value._fields, value))
-        if isinstance(value, list):
-            return [self._like(f"{name}[{i}]", x) for i, x in enumerate(value)]
         if name in SCALARS:
             return torch.full((), SCALARS[name], device=value.device, dtype=torch.float32)
         if isinstance(value, Tensor):

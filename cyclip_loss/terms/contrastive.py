@@ -17,9 +17,9 @@ Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradie
 and g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)). So engines compute G_ij from two vectors,
 whatever the loss is.
 
-Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
-again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D. Small batches are dense
-(`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
+Forward saves the features and vectors of N elements. Backward computes the logits again, 8 N^2 D
+flops in all, unless the eager engine keeps their exponentials (6 N^2 D, as dense autograd takes;
+`eager.contrastive_lse`). Small batches are dense (`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
 together. Gradients are summed across ranks in the accumulation dtype. What needs several steps, or
 whose result a rank may not use, is inside the operators, where `torch.compile` does not see it. If
 it were traced, a ring would keep every block for backward, and a rank without rows would drop
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
-from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics
+from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics, SharedExponentials
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
@@ -174,18 +174,17 @@ class _LogSumExps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         logits = start_streaming(ctx, *inputs)
-        results: tuple[Tensor, ...] = logsumexp_forward.chosen(ctx.traced)(
+        *results, row_max, values = logsumexp_forward.chosen(ctx.traced)(
             logits, ctx.plan, ctx.ranks
         )
-        rows, columns, scale, row_ids, column_ids, *_ = logits
-        ctx.save_for_backward(rows, columns, scale, row_ids, column_ids, results[0])
-        return results if logits.positives else results[:2]
+        ctx.save_for_backward(*logits[:5], results[0], row_max, values)
+        return tuple(results if logits.positives else results[:2])
 
     @staticmethod
     def backward(
         ctx: Any, lse_grad: Tensor, pair_grad: Tensor, other_grad: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, lse = ctx.saved_tensors
+        *tensors, lse, row_max, values = ctx.saved_tensors
         logits = Logits(*tensors, *ctx.layout)
         # Only columns are shared with other ranks.
         ranks = ctx.ranks if logits.symmetric else Ranks()
@@ -208,6 +207,7 @@ class _LogSumExps(torch.autograd.Function):
         grads = contrastive_backward.chosen(ctx.traced)(
             logits,
             SavedStatistics(rows, columns, pair_grad, unit),
+            SharedExponentials(row_max, values),
             other_grad,
             list(ctx.needs_input_grad[:3]),
             ctx.own_columns,
@@ -232,29 +232,35 @@ def start_streaming(ctx: Any, *inputs: Any) -> Logits:
     return Logits(rows, columns, scale, row_ids, column_ids, *layout)
 
 
-def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `PairLogSumExps`; the last one is empty without `logits.positives`.
+def _forward(
+    logits: Logits, plan: Plan, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `PairLogSumExps`, of which the third is empty without `logits.positives`.
 
-    The columns are this rank's own or, if the strategy gathers columns, those of all ranks.
+    Then those of `SharedExponentials`, empty if none are shared, or kept. The columns are this
+    rank's own or, if the strategy gathers columns, those of all ranks.
     """
     engine = engines.load(plan.engine, logits.row_features)
-    block_lse, others = engine.contrastive_lse, logits.logit_scale.new_empty(0)
+    block_lse, n = engine.contrastive_lse, logits.row_features.shape[0]
+    others = logits.logit_scale.new_empty(0)
+    shared = _new_exponentials(logits, plan)
+    if plan.shares_exponentials:
+        block_lse = partial(block_lse, shared=shared)
     positives = Positives(logits.column_ids) if logits.positives else None
     if positives is not None:
-        block_lse = partial(positives.block_lse, engine)
+        block_lse = partial(positives.block_lse, block_lse)
     with without_autocast(logits.row_features):
         found = STRATEGIES[plan.strategy].log_sum_exps(block_lse, logits, ranks)
         if positives is not None:
             shares = positives.other_shares(logits.row_ids, others.dtype)
             others = logits.logit_scale * positives.row_products
             others -= (shares * found.pair_logits).sum()
-    n = logits.row_features.shape[0]
     lse, pair_logits = found.of_rows[None], found.pair_logits
     if logits.symmetric and found.negatives_lse.shape[0] == 2 * n:  # this rank's columns only
         lse = found.negatives_lse.view(2, n)
     elif logits.symmetric:
         lse = torch.stack((found.of_rows, found.of_columns[logits.pairs[1]]))
-    return lse, pair_logits, others
+    return lse, pair_logits, others, *shared
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
@@ -262,7 +268,16 @@ def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
     n = logits.row_features.shape[0]
     others = new(()) if logits.positives else new((0,))
-    return new((2 if logits.symmetric else 1, n)), new((n,)), others
+    shared = _new_exponentials(logits, given.plan)
+    return new((2 if logits.symmetric else 1, n)), new((n,)), others, *shared
+
+
+def _new_exponentials(logits: Logits, plan: Plan) -> SharedExponentials:
+    """Uninitialised; empty if the plan shares none, or keeps none of so many logits."""
+    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
+    new = logits.logit_scale.new_empty
+    values = new((n, m)) if n * m <= plan.kept_exponentials else new((0,))
+    return SharedExponentials(new((n if plan.shares_exponentials else 0,)), values)
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
@@ -271,6 +286,7 @@ logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
 def _backward(
     logits: Logits,
     saved: SavedStatistics,
+    shared: SharedExponentials,
     other_grad: Tensor | None,
     needs: list[bool],
     own_columns: int,
@@ -292,12 +308,14 @@ def _backward(
         pair_gradient = saved.pair_gradient - other_grad * shares
         saved = saved._replace(pair_gradient=pair_gradient)
 
+    options = {"shared": shared} if plan.shares_exponentials else {}
+
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         grads: Gradients
+        negatives = block if positives is None else without_positives(block)
+        grads = engine.contrastive_grads(negatives, saved, needs, float32_grads, **options)
         if positives is None:
-            grads = engine.contrastive_grads(block, saved, needs, float32_grads)
             return grads
-        grads = engine.contrastive_grads(without_positives(block), saved, needs, float32_grads)
         return positives.add_grads(grads, block, other_grad, needs)
 
     with without_autocast(logits.row_features):

@@ -31,6 +31,29 @@ from cyclip_loss.terms.operators import Operator, empty_grad_like
 TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 
 
+def centered(batch: Batch, plan: Plan) -> Batch:
+    """The batch for the penalties: less each tower's mean over all ranks, if `plan.centered`.
+
+    The features get the accumulation dtype: 16 bits would lose the small differences of features
+    that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
+    means, for O(N D) memory and an all-reduce of 3 D elements.
+
+    The means have no gradient. A function of centred features has gradients that sum to 0 over the
+    rows, so what the means would add is 0.
+    """
+    if not plan.centered:
+        return batch
+    images, texts = batch.image_features, batch.text_features
+    n, d = images.shape
+    dtype = accumulation_dtype(images.dtype)
+    with torch.no_grad():
+        sums = [x.sum(dim=0, dtype=dtype) for x in (images, texts)]
+        own = torch.stack((*sums, images.new_full((d,), n, dtype=dtype)))
+        image_sum, text_sum, total = collectives.all_reduce(own, "sum", batch.ranks).unbind()
+    means = image_sum / total, text_sum / total
+    return Batch(images - means[0], texts - means[1], batch.ranks, batch.traced)
+
+
 def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
     """The Gram matrices for `terms`; None if the plan needs none.
 
@@ -71,14 +94,11 @@ def terms(
         if grams is not None and batch.ranks.size > 1:
             summed = collectives.wait(grams)
             grams, total = summed[:-1].view(-1, d, d), summed[-1]
-        # Numbers become tensors on the CPU: filling one on a GPU would launch a kernel.
-        tensors = [
-            x if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype, device="cpu")
-            for x in _weights(batch, plan, options, total)
-        ]
-        penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, *tensors, batch.ranks.size, batch.traced, plan
+        grams = _GramMatrices.apply(  # type: ignore[no-untyped-call]
+            image_features, text_features, grams, batch.ranks.size, batch.traced, plan.engine
         )
+        weights = _weights(batch, plan, options, total)
+        penalties = penalties_of(grams, weights, plan.output_dict)
     else:
         weights = _weights(batch, plan, options, total)
         penalties = dense.cyclic_terms(
@@ -108,11 +128,10 @@ def _weights(batch: Batch, plan: Plan, options: PenaltyOptions, total: Any) -> t
     return inmodal, crossmodal
 
 
-class _CyclicPenalties(torch.autograd.Function):
-    """(weight_in * N P_in, weight_cross * N P_cross) if `plan.output_dict`, else (their sum,).
+class _GramMatrices(torch.autograd.Function):
+    """The Gram matrices of the global batch, from `start_grams`, as functions of the features.
 
-    image_features, text_features: (n, D); grams: the Gram matrices of the global batch, which is on
-    `size` ranks; weights: scalar tensors, equal unless `plan.with_cross`.
+    image_features, text_features: (n, D); size: how many ranks share the batch.
     """
 
     @staticmethod
@@ -121,55 +140,45 @@ class _CyclicPenalties(torch.autograd.Function):
         image_features: Tensor,
         text_features: Tensor,
         grams: Tensor,
-        inmodal_weight: Tensor,
-        crossmodal_weight: Tensor,
         size: int,
         traced: bool,
-        plan: Plan,
-    ) -> tuple[Tensor, ...]:
-        weights = [inmodal_weight, crossmodal_weight]
-        penalties = penalties_of(grams, weights, plan.output_dict)
-        ctx.save_for_backward(image_features, text_features, grams, *weights)
-        ctx.plan, ctx.traced, ctx.size = plan, traced, size
-        return tuple(penalties)
+        engine: str,
+    ) -> Tensor:
+        ctx.save_for_backward(image_features, text_features)
+        ctx.size, ctx.traced, ctx.engine = size, traced, engine
+        return grams.view_as(grams)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        image_features, text_features, grams, *weights = ctx.saved_tensors
+    def backward(ctx: Any, gram_grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:2])
-        feature_grads = cyclic_grads.chosen(ctx.traced)(
-            image_features,
-            text_features,
-            grams,
-            list(grads),
-            weights,
-            ctx.size,  # the gradients are multiplied by it, because DDP averages
-            needs,
-            ctx.plan.engine,
-        )
-        return (*feature_grads, *[None] * 6)
+        if ctx.size > 1:  # DDP averages
+            gram_grads = gram_grads * ctx.size
+        grads = cyclic_grads.chosen(ctx.traced)(*ctx.saved_tensors, gram_grads, needs, ctx.engine)
+        return (*grads, None, None, None, None)
 
 
-def penalties_of(grams: Tensor, weights: list[Tensor], output_dict: bool) -> list[Tensor]:
+def penalties_of(grams: Tensor, weights: Any, output_dict: bool) -> list[Tensor]:
     """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    Plain PyTorch for every engine, outside of the operators, so that a compiler can fuse these few
-    operations.
-
-    grams: from `start_grams`, summed over ranks; weights: of N * P_in and of N * P_cross, scalar
-    tensors on the device of the Gram matrices or on the CPU. Without C, the weights are equal, and
-    only the sum is wanted.
+    grams: summed over ranks; weights: of N * P_in and of N * P_cross, numbers or scalars. Without
+    C, the weights are equal, and only the sum is wanted.
     """
-    p = (grams[0] * grams[1]).sum()
-    if len(grams) == 2:
+    a, b, *c = grams.unbind()
+    p = (a * b).sum()
+    if not c:
         return [p * weights[0]]
-    q = (grams[2] * grams[2].T).sum()
-    # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
-    inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
-    crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
+    q = (c[0] * c[0].T).sum()
+    inmodal = _not_negative(p + q) * (weights[0] / 2)
+    crossmodal = _not_negative(p - q) * (weights[1] / 2)
     return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]
+
+
+def _not_negative(x: Tensor) -> Tensor:
+    """A sum of squares, which rounding must not make negative; with its gradient, and NaN."""
+    x.detach().clamp_(min=0)
+    return x
 
 
 def _gram_matrices(
@@ -195,10 +204,7 @@ gram_matrices = Operator("gram_matrices", _gram_matrices, _gram_fake)
 def _cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
-    grams: Tensor,
-    grads: list[Tensor],
-    weights: list[Tensor],
-    size: int,
+    gram_grads: Tensor,
     needs: list[bool],
     engine: str,
 ) -> tuple[Tensor, Tensor]:
@@ -206,7 +212,7 @@ def _cyclic_grads(
     compute = engines.load(engine, image_features)
     with without_autocast(image_features):
         return compute.cyclic_grads(  # type: ignore[no-any-return]
-            image_features, text_features, grams, grads, weights, size, needs
+            image_features, text_features, gram_grads, needs
         )
 
 

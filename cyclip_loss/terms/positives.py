@@ -34,11 +34,11 @@ class Positives:
         self.ordered_ids = batch_ids.sort()[0]
         self.row_products: Any = 0.0  # sum_i I_i . R_i over the blocks so far
 
-    def block_lse(self, engine: Any, block: Logits) -> LogSumExps:
+    def block_lse(self, block_lse: Any, block: Logits) -> LogSumExps:
         """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
-        return engine.contrastive_lse(without_positives(block))  # type: ignore[no-any-return]
+        return block_lse(without_positives(block))  # type: ignore[no-any-return]
 
     def add_grads(
         self, grads: Gradients, block: Logits, factor: Any, needs: list[bool]

@@ -6,13 +6,33 @@ from math import log
 import pytest
 import rounding
 import torch
-from accuracy import check_loss, exact_results
+from accuracy import check_loss, exact_results, results
 from hypothesis import given
-from inputs import DTYPES, FEATURES, FOR_KERNELS, FUNCTIONS, INPUTS, TERMS, VIEWS, Case, cases
+from hypothesis import strategies as st
+from inputs import (
+    ANY_SCALE,
+    DTYPES,
+    FEATURES,
+    FOR_KERNELS,
+    FUNCTIONS,
+    INPUTS,
+    TERMS,
+    VIEWS,
+    Case,
+    cases,
+    pairs,
+)
 from support import examples, needs_triton, setting
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, numerics, reference
+from cyclip_loss import (
+    CyclicPenalty,
+    CyCLIPLoss,
+    CySigLIPLoss,
+    contrastive_logsumexp,
+    numerics,
+    reference,
+)
 
 WIDE, BF16, FP16 = torch.float64, torch.bfloat16, torch.float16
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
@@ -25,6 +45,10 @@ HARD = [
     Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, reason="worst pairs"),
     # exp(l - 100) would underflow, and its log be -inf.
     Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS, reason="all logits are -100"),
+    # Exponentials relative to a row's maximum vanish in columns that are far below every row.
+    Case(65, 33, logit_scale=1e3, reason="columns of their own maxima"),
+    # Not so far, but the factors of their exponentials overflow.
+    Case(65, 33, logit_scale=180.0, upstream=(2.0**60,) * 3, reason="large upstream"),
     # Without clamping, both engines would return a negative number.
     Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS, reason="P_cross is 0"),
     Case(260, 5, reason="several groups of row tiles"),
@@ -50,6 +74,13 @@ HARD = [
 @examples(6)
 @given(case=cases())
 def test_eager_engine_is_accurate_in_each_element(case: Case, device) -> None:
+    check_loss(case, "eager", device)
+
+
+@examples(2)
+@given(case=cases(dtype=st.sampled_from(DTYPES[:3]), logit_scale=ANY_SCALE))
+def test_eager_engine_is_accurate_at_any_scale(case: Case, device) -> None:
+    """Columns may be far below every row. (Gradients of float16 features would overflow.)"""
     check_loss(case, "eager", device)
 
 
@@ -79,6 +110,28 @@ def test_the_bounds_for_ordinary_features_are_small(
     bounds = rounding.bounds(case, given, terms, "eager", tf32=False)
     for name, exact in (terms | {name: sum(parts) for name, parts in grads.items()}).items():
         assert bounds[name].max() <= most * exact.abs().max(), name
+
+
+@pytest.mark.parametrize("d", [64, 256])  # with PyTorch, 200 pairs are streamed and dense
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_centered_penalties_lose_no_digits_where_features_are_almost_equal(
+    dtype: torch.dtype, d: int, impl, device
+) -> None:
+    """Gram matrices less the products of means would lose 4 of 7 digits here."""
+    center, spread = torch.stack(pairs(200, d, device=device))
+    features = [(center[i] + 0.03 * x).to(dtype) for i, x in enumerate((spread, spread.flip(0)))]
+    lambdas = 2e4, 1e4  # float16 would lose smaller gradients
+
+    def definition(*features: Tensor) -> Tensor:
+        terms = reference.cyclip_loss(*features, 1.0, *lambdas, centered=True)
+        return terms[TERMS[1]] + terms[TERMS[2]]
+
+    value, *grads = results(CyclicPenalty(*lambdas, centered=True, impl=impl), *features)
+    exact_value, *exact_grads = results(definition, *(x.double() for x in features))
+    torch.testing.assert_close(value.double(), exact_value, rtol=1e-6, atol=0)
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        error = (grad.double() - exact).abs().max() / exact.abs().max()
+        assert error < 1e-5 + torch.finfo(dtype).eps
 
 
 def test_penalties_without_weights_have_a_zero_gradient(impl, device) -> None:

@@ -69,8 +69,8 @@ class Batch:
         module = CyCLIPLoss if self.logit_bias is None else CySigLIPLoss
         return module(*[x / 8 for x in self.lambdas], **options, impl=self.impl)
 
-    def penalty(self, *lambdas: float) -> CyclicPenalty:
-        return CyclicPenalty(*lambdas, impl=self.impl)
+    def penalty(self, *lambdas: float, **options: Any) -> CyclicPenalty:
+        return CyclicPenalty(*lambdas, **options, impl=self.impl)
 
     def log_sum_exps(self, **given: Any) -> Any:
         with strips_of(self.strip_rows):
@@ -331,6 +331,19 @@ def test_a_common_factor_scales_the_penalties_and_may_move_into_the_scale(batch:
     expected = times(4, times(0.5, batch.loss(given), *features), "logit_scale")
     moved = times(0.25, times(2, given, *features), "logit_scale")
     assert_equal(batch.loss(moved), expected)
+
+
+@law
+def test_a_vector_added_to_all_images_or_all_texts_changes_no_centered_penalty(
+    batch: Batch,
+) -> None:
+    given, module = batch.arguments(*FEATURES), batch.penalty(0.5, 0.25, centered=True)
+    expected = batch.gradients(module, given)
+    for name in FEATURES:
+        vector = torch.tensor(batch.normal, device=batch.device)
+        assert_equal(batch.gradients(module, given | {name: given[name] + vector}), expected)
+    if len(batch.ids) == 1:
+        assert not any(x.any() for x in expected.values())
 
 
 @law

@@ -154,6 +154,8 @@ CALLS = [
     {"function": "siglip", "frozen": frozenset([*INPUTS, "logit_bias"])},
     {"function": "siglip", "negatives": (4, 2), "output_dict": True, **POSITIVES},
     {"views": True, **POSITIVES},
+    {"centered": True},
+    {"centered": True, "n": 5, "output_dict": True},
     {"negatives": (9, None), "dtype": torch.bfloat16},
     {"negatives": (9, 0), "output_dict": True, **POSITIVES},
     {"autocast": torch.bfloat16, "views": True, "output_dict": True},

@@ -172,7 +172,7 @@ RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
     [
         # torchrun allows a "--" before the script's flags.
         (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **PROGRESS)),
-        (ClipLoss(), CONSTANT, CyCLIPLoss(**OF_32)),
+        (ClipLoss(), (*CONSTANT, "--centered"), CyCLIPLoss(centered=True, **OF_32)),
         (SigLipLoss(), (*RING, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_32)),
         (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_32)),
         (Other(), (), WithCyclicPenalty(Other(), **OF_32)),
