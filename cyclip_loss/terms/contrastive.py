@@ -19,7 +19,8 @@ whatever the loss is.
 
 Forward saves the features and vectors of N elements. Backward computes the logits again, 8 N^2 D
 flops in all, unless the eager engine keeps their exponentials (6 N^2 D, as dense autograd takes;
-`eager.contrastive_lse`). Small batches are dense (`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
+`eager.contrastive_lse`). Small batches are dense (`dense.py`). With the N pairs spread over ranks,
+`ranks/exchange.py` brings rows and columns
 together. Gradients are summed across ranks in the accumulation dtype. What needs several steps, or
 whose result a rank may not use, is inside the operators, where `torch.compile` does not see it. If
 it were traced, a ring would keep every block for backward, and a rank without rows would drop
