@@ -75,7 +75,7 @@ def calls(kernel: str, image: Tensor) -> Any:
         "contrastive_grads": [(logits, saved, x, False) for x in needs],
         "elementwise_terms": [(logits, -10 * one, "sigmoid", 0.5 / n, x) for x in needs],
         "gram_matrices": [(image, text, True)],
-        "cyclic_grads": [(image, text, grams, [True, True])],
+        "cyclic_grads": [(image, text, list(grams), [True, True])],
     }[kernel]
 
 

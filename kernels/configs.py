@@ -150,6 +150,9 @@ _SM90 = _tables(
     gram=_SM90_GRAM,
     cyclic=_cyclic(128, 128, 32, 8, 3),
 )
+# Blocks of float32 features are twice as large.
+_SM90["gram_matrices"][TF32] = _gram(64, 32, 4, 3)
+_SM90["cyclic_grads"][TF32] = _cyclic(128, 128, 32, 8, 2)
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
 _SM100_SWEEP = (_product(256, 128, 64, 8, 3, 2), _SM80_TF32)
 # With 4 warps, the Gram matrices of 16-bit features would spill registers.

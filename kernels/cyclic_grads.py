@@ -3,17 +3,15 @@
     dU = U (dA + dA^T) + V dC            dI = dU + dV
     dV = V (dB + dB^T) + U dC^T          dT = dU - dV
 
-4 N D^2 flops, 8 with C. U and V
-are formed in registers in float32 and never stored. Neither sum cancels: where U is large, B is
-small, and where V is small, A is large.
+4 N D^2 flops, 8 with C. U and V are formed in registers in float32 and never stored. For the
+penalties neither sum cancels: where U is large, dA is small, and where V is small, dB is large.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import config_for
+from cyclip_loss.kernels.configs import ROUND, config_for
 from cyclip_loss.kernels.tiles import (
     aligned_features,
     ceil_div,
@@ -25,16 +23,43 @@ from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit
-def _load_matrix(pointers, PRECISION: tl.constexpr):
-    block = tl.load(pointers)
-    return round_to_tf32(block) if PRECISION == "tf32" else block
+def factors_kernel(
+    a_grad,  # (d, d), as the next two
+    b_grad,
+    c_grad,
+    factors,  # (2 or 4, padded_d, padded_d) out: dA + dA^T, dB + dB^T, dC^T, dC
+    d,
+    padded_d,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The transposes of what U and V are multiplied by, zero-padded and rounded."""
+    matrix = tl.program_id(1)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = index // padded_d
+    column = index % padded_d
+    grad = c_grad
+    if matrix == 0:
+        grad = a_grad
+    elif matrix == 1:
+        grad = b_grad
+    inside = (row < d) & (column < d)
+    factor = tl.zeros((BLOCK,), dtype=tl.float32)
+    if matrix != 2:
+        factor += tl.load(grad + row * d + column, mask=inside, other=0.0)
+    if matrix != 3:
+        factor += tl.load(grad + column * d + row, mask=inside, other=0.0)
+    if PRECISION == "tf32":
+        factor = round_to_tf32(factor)
+    size = padded_d * padded_d
+    tl.store(factors + matrix.to(tl.int64) * size + index, factor, mask=index < size)
 
 
 @triton.jit(do_not_specialize=["n"])
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
-    matrices,  # (2 or 3, d, d): dA + dA^T, dB + dB^T, dC
+    factors,  # (2 or 4, d, d), from `factors_kernel`
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
     n,
@@ -62,17 +87,17 @@ def cyclic_grads_kernel(
         i = tl.load(image_pointers).to(tl.float32)
         t = tl.load(text_pointers).to(tl.float32)
         u, v = u_and_v(i, t, PRECISION)
-        # (BK, BD) blocks. The first two, which are symmetric, and dC^T are read along contiguous
-        # rows.
-        mirrored = matrices + columns[None, :] * d + inner[:, None]
-        a = _load_matrix(mirrored, PRECISION)
-        b = _load_matrix(mirrored + d * d, PRECISION)
+        # (BK, BD) blocks, read along contiguous rows. They come rounded: rounded here, in
+        # registers, they would go back to shared memory. Loading all of them first saves registers.
+        blocks = factors + columns[None, :] * d + inner[:, None]
+        a = tl.load(blocks)
+        b = tl.load(blocks + d * d)
+        if WITH_CROSS:
+            c = tl.load(blocks + 2 * d * d)
+            c_t = tl.load(blocks + 3 * d * d)
         u_grad = tl.dot(u, a, u_grad, input_precision=PRECISION)
         v_grad = tl.dot(v, b, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
-            c_t = _load_matrix(mirrored + 2 * d * d, PRECISION)
-            direct = matrices + inner[:, None] * d + columns[None, :]
-            c = _load_matrix(direct + 2 * d * d, PRECISION)
             u_grad = tl.dot(v, c, u_grad, input_precision=PRECISION)
             v_grad = tl.dot(u, c_t, v_grad, input_precision=PRECISION)
 
@@ -87,7 +112,7 @@ def cyclic_grads_kernel(
 
 
 def cyclic_grads(
-    image_features: Tensor, text_features: Tensor, gram_grads: Tensor, needs: list[bool]
+    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor], needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """As `eager.cyclic_grads`."""
     needs_image, needs_text = needs
@@ -97,17 +122,18 @@ def cyclic_grads(
     image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
     n, d = image.shape
     unpadded = image_features.shape[1]
-    symmetric = gram_grads[:2] + gram_grads[:2].mT
-    matrices = symmetric if len(gram_grads) == 2 else torch.cat((symmetric, gram_grads[2:]))
-    if d != unpadded:
-        matrices = torch.nn.functional.pad(matrices, (0, d - unpadded, 0, d - unpadded))
+    a_grad, b_grad, *c_grad = gram_grads
+    factors = a_grad.new_empty(4 if c_grad else 2, d, d)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
-    grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with on_device_of(image):
-        cyclic_grads_kernel[grid](
-            image, text, matrices, image_grad, text_grad, n, d, image.stride(0), text.stride(0),
-            WITH_CROSS=len(matrices) == 3, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
+        factors_kernel[(ceil_div(d * d, ROUND.tile["BLOCK"]), len(factors))](
+            a_grad, b_grad, *c_grad or [a_grad], factors, unpadded, d,
+            PRECISION=tile["PRECISION"], **ROUND.kwargs,
+        )  # fmt: skip
+        cyclic_grads_kernel[(ceil_div(n, tile["BM"]) * (d // tile["BD"]),)](
+            image, text, factors, image_grad, text_grad, n, d, image.stride(0), text.stride(0),
+            WITH_CROSS=len(factors) == 4, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
             **config.kwargs,
         )  # fmt: skip
     if d == unpadded:

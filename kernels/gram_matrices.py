@@ -72,8 +72,8 @@ def gram_matrices_kernel(
             rows = start + tl.arange(0, BK)
             i_image = _load_block(image, rows, i_columns, end, image_stride)
             i_text = _load_block(text, rows, i_columns, end, text_stride)
-            if WITH_CROSS:
-                i_text *= sign
+            # Also without C: Triton then lays out the tiles better.
+            i_text *= sign
             j_image = _load_block(image, rows, j_columns, end, image_stride)
             j_text = _load_block(text, rows, j_columns, end, text_stride)
             u_i, v_i = u_and_v(i_image, i_text, PRECISION)

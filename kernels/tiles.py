@@ -76,9 +76,9 @@ def round_to_tf32(x):
     return tl.fma(x, 8192.0, x * -8191.0)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def rounded_kernel(numbers, rounded, size, BLOCK: tl.constexpr):
-    """Round float32 numbers to tf32; `rounded` may be `numbers`."""
+    """Round float32 numbers to tf32; `rounded` may be `numbers`. size: a multiple of 16."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(numbers + index, mask=index < size)
     tl.store(rounded + index, round_to_tf32(x), mask=index < size)

@@ -338,31 +338,32 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 
 
 def cyclic_grads(
-    image_features: Tensor, text_features: Tensor, gram_grads: Tensor, needs: list[bool]
+    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor], needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the features, given those of the Gram matrices, dA, dB and dC (2 or 3, D, D).
+    """Gradients of the features, given those of the Gram matrices, dA, dB and, with C, dC.
 
         dU = U (dA + dA^T) + V dC        dI = dU + dV
         dV = V (dB + dB^T) + U dC^T      dT = dU - dV
 
-    Returns dI and dT, (n, D), in the features' dtype, empty where not needed.
+    gram_grads: (D, D) each, contiguous. Returns dI and dT, (n, D), in the features' dtype, empty
+    where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
-    a, b, *c = gram_grads.unbind()
-    a, b = a + a.T, b + b.T
-    # Of equal weights, dC is 0; on a CPU looking costs little.
-    with_cross = c and (not c[0].is_cpu or c[0].any())
+    a_grad, b_grad, *c_grad = gram_grads
+    a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
+    # With equal weights it is 0; on a CPU the comparison costs nothing.
+    with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
     for start, stop in strips(n, rows_per_strip(d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
         u, v = image + text, image - text
-        u_grad, v_grad = u @ a, v @ b
+        u_grad, v_grad = u @ a_grad, v @ b_grad
         if with_cross:
-            u_grad.addmm_(v, c[0])
-            v_grad.addmm_(u, c[0].T)
+            u_grad.addmm_(v, c_grad[0])
+            v_grad.addmm_(u, c_grad[0].T)
         if needs_image:
             torch.add(u_grad, v_grad, out=image_grad[start:stop])
         if needs_text:

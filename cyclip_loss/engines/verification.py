@@ -151,6 +151,8 @@ class VerifiedKernels:
         """A value for the argument or the field `name`, in the layout of `value`."""
         if isinstance(value, Logits):
             return Logits(*map(self._like, value._fields, value))
+        if name == "gram_grads":
+            return self._gram_grads_like(value)
         if name in SCALARS:
             return torch.full((), SCALARS[name], device=value.device, dtype=torch.float32)
         if isinstance(value, Tensor):
@@ -169,7 +171,7 @@ class VerifiedKernels:
         return SavedStatistics(*(x.float() for x in found))
 
     def _tensor_like(self, name: str, value: Tensor) -> Tensor:
-        """Ids, features or Gram matrices."""
+        """Ids or features."""
         device = self.device
         is_column = name.startswith("column")
         count = self.num_columns if is_column else self.num_rows
@@ -177,15 +179,14 @@ class VerifiedKernels:
             # Some are negative, and some differ in their upper 32 bits alone.
             number = torch.arange(count, device=device) + is_column
             return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
-        row_features, column_features = self._features(divisor_of(value.shape[-1]))
-        if value.ndim == 3:
-            columns = column_features[: self.num_rows].double()
-            grams: Tensor = self.eager.gram_matrices(
-                row_features.double(), columns, len(value) == 3
-            )
-            return grams.float()
+        row_features, column_features = self._features(divisor_of(value.shape[1]))
         features = column_features if name in ("column_features", "text_features") else row_features
         return _with_strides_of(value, features[:count])
+
+    def _gram_grads_like(self, value: list[Tensor]) -> list[Tensor]:
+        rows, columns = self._features(divisor_of(value[0].shape[1]))
+        pair = rows.double(), columns[: self.num_rows].double()
+        return list(self.eager.gram_matrices(*pair, len(value) == 3).float())
 
     def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
         """Row and column features. Every fifth row is nearly aligned with its column."""
@@ -209,9 +210,7 @@ def layout_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 2:
             return value.dtype, divisor_of(value.shape[1]), *_strides_class(value)
-        # Of Gram matrices, C may be there or not.
-        matrices = (len(value), divisor_of(value.shape[-1])) if value.ndim == 3 else ()
-        return value.ndim, *matrices, value.device.type, value.numel() == 0
+        return value.ndim, value.device.type, value.numel() == 0
     if isinstance(value, (tuple, list)):
         return (len(value), *map(layout_of, value))
     if value is None or isinstance(value, (bool, str)):

@@ -192,7 +192,9 @@ class _LogSumExps(torch.autograd.Function):
         # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
         # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
         # without negatives, every G_ij is left out.
-        unit = lse.new_ones(()).copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
+        # Filling a number on a GPU would launch a kernel. Compiled code stays on one device.
+        one = torch.scalar_tensor(1, dtype=lse.dtype, device=lse.device if ctx.traced else "cpu")
+        unit = one.copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
             smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite

@@ -94,13 +94,13 @@ def terms(
         if grams is not None and batch.ranks.size > 1:
             summed = collectives.wait(grams)
             grams, total = summed[:-1].view(-1, d, d), summed[-1]
-        grams = _GramMatrices.apply(  # type: ignore[no-untyped-call]
+        differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
             image_features, text_features, grams, batch.ranks.size, batch.traced, plan.engine
         )
-        weights = _weights(batch, plan, options, total)
-        penalties = penalties_of(grams, weights, plan.output_dict)
+        weights = _weights(batch, options, total)
+        penalties = penalties_of(differentiable, weights, plan.output_dict)
     else:
-        weights = _weights(batch, plan, options, total)
+        weights = _weights(batch, options, total)
         penalties = dense.cyclic_terms(
             image_features, text_features, weights, plan.with_cross, plan.output_dict
         )
@@ -114,18 +114,14 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     return sum(others, first)
 
 
-def _weights(batch: Batch, plan: Plan, options: PenaltyOptions, total: Any) -> tuple[Any, Any]:
-    """The weights of N * P_in and N * P_cross, as numbers or tensors; equal without C."""
+def _weights(batch: Batch, options: PenaltyOptions, total: Any) -> tuple[Any, Any]:
+    """The weights of N * P_in and N * P_cross, as numbers or tensors."""
     one: Any = 1.0
     # torch.compile would make constants of numbers that are combined with each other.
     if batch.traced:
         features = batch.image_features
         one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
-    inmodal, crossmodal = options.weights(total, one)
-    if not plan.with_cross:
-        # They are equal. Use both, so that torch.compile treats both as inputs.
-        inmodal = (inmodal + crossmodal) / 2
-    return inmodal, crossmodal
+    return options.weights(total, one)
 
 
 class _GramMatrices(torch.autograd.Function):
@@ -143,36 +139,60 @@ class _GramMatrices(torch.autograd.Function):
         size: int,
         traced: bool,
         engine: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(image_features, text_features)
         ctx.size, ctx.traced, ctx.engine = size, traced, engine
-        return grams.view_as(grams)
+        return grams.unbind()
 
     @staticmethod
-    def backward(ctx: Any, gram_grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:2])
+    def backward(ctx: Any, *gram_grads: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [x.contiguous() for x in gram_grads]
         if ctx.size > 1:  # DDP averages
-            gram_grads = gram_grads * ctx.size
-        grads = cyclic_grads.chosen(ctx.traced)(*ctx.saved_tensors, gram_grads, needs, ctx.engine)
-        return (*grads, None, None, None, None)
+            grads = [x * ctx.size for x in grads]
+        needs = list(ctx.needs_input_grad[:2])
+        found = cyclic_grads.chosen(ctx.traced)(*ctx.saved_tensors, grads, needs, ctx.engine)
+        return (*found, None, None, None, None)
 
 
-def penalties_of(grams: Tensor, weights: Any, output_dict: bool) -> list[Tensor]:
+def _weighted_product(x: Tensor, y: Tensor, weight: Any) -> Tensor:
+    """weight * <x, y>_F. weight: a number or a scalar."""
+    return _WeightedProduct.apply(x, y, weight)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _WeightedProduct(torch.autograd.Function):
+    """As `_weighted_product`, in 3 launches instead of the 6 of `weight * (x * y).sum()`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Any) -> Tensor:
+        weighted = torch._foreach_mul([y, x], weight)
+        ctx.save_for_backward(*weighted)
+        return torch.dot(x.view(-1), weighted[0].view(-1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *torch._foreach_mul(ctx.saved_tensors, grad), None
+
+
+def penalties_of(
+    grams: tuple[Tensor, ...], weights: tuple[Any, Any], output_dict: bool
+) -> list[Tensor]:
     """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    grams: summed over ranks; weights: of N * P_in and of N * P_cross, numbers or scalars. Without
-    C, the weights are equal, and only the sum is wanted.
+    grams: A, B and, if needed, C, (D, D), summed over ranks; weights: of N * P_in and of
+    N * P_cross, numbers or scalars. Without C they are equal, and only the sum is wanted.
     """
-    a, b, *c = grams.unbind()
-    p = (a * b).sum()
-    if not c:
-        return [p * weights[0]]
-    q = (c[0] * c[0].T).sum()
-    inmodal = _not_negative(p + q) * (weights[0] / 2)
-    crossmodal = _not_negative(p - q) * (weights[1] / 2)
-    return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]
+    a, b, *c = grams
+    inmodal, crossmodal = weights
+    if output_dict:
+        p, q = _weighted_product(a, b, 0.5), (c[0] * c[0].T).sum() / 2
+        return [_not_negative(p + q) * inmodal, _not_negative(p - q) * crossmodal]
+    # Both weights count, so that torch.compile treats both as inputs.
+    total = _weighted_product(a, b, (inmodal + crossmodal) / 2)
+    if c:
+        total = total + (c[0] * c[0].T).sum() * ((inmodal - crossmodal) / 2)
+    return [_not_negative(total) if c else total]
 
 
 def _not_negative(x: Tensor) -> Tensor:
@@ -204,7 +224,7 @@ gram_matrices = Operator("gram_matrices", _gram_matrices, _gram_fake)
 def _cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
-    gram_grads: Tensor,
+    gram_grads: list[Tensor],
     needs: list[bool],
     engine: str,
 ) -> tuple[Tensor, Tensor]:

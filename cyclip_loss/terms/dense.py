@@ -66,7 +66,7 @@ def cyclic_terms(
         w_matrix = (image + text) @ (image - text).T
         if not with_cross:
             # The backward of a product takes less time than that of `square`.
-            return [(w_matrix * w_matrix).sum() * weights[0]]
+            return [(w_matrix * w_matrix).sum() * ((weights[0] + weights[1]) / 2)]
         inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
         crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
         return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]

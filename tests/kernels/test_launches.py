@@ -134,7 +134,7 @@ def launches_of_a_step(case: Case) -> int:
     [
         ({}, 29),  # one of them sums parts of the Gram matrices, from 2,048 pairs on
         ({"lambdas": (0.5, 0.25)}, 39),
-        ({"lambdas": (0, 0)}, 20),
+        ({"lambdas": (0, 0)}, 19),
         ({"lambdas": (0, 0), "function": "siglip"}, 25),
         # 16 of them belong to the PyTorch code of the loss.
         ({"function": "log-sum-exps"}, 30),
