@@ -323,13 +323,14 @@ def main(argv: Sequence[str]) -> None:
     description = "Makes table.md in folders of evaluate again. Runs NAME-SEED share a column."
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, metavar="FOLDER")
+    text = "a folder of evaluate, or an evaluation.json"
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help=text)
     text = "also write a row for each run of all folders: its settings and all its numbers"
     add("--csv", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
     results = [read_evaluation(folder) for folder in arguments.folders]
     for folder, result in zip(arguments.folders, results, strict=True):
-        write(result, folder)
+        write(result, folder if folder.is_dir() else folder.parent)
     if arguments.csv:
         rows = pd.concat(map(table_of_runs, results))
         write_text(rows.to_csv(index=False, float_format="%.6g"), arguments.csv)

@@ -29,7 +29,7 @@ def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         shutil.copy(table.with_name("evaluation.json"), tmp_path / name)
-    report.main([f"{tmp_path}/a", f"{tmp_path}/b", "--csv", f"{tmp_path}/runs.csv"])
+    report.main([f"{tmp_path}/a", f"{tmp_path}/b/evaluation.json", "--csv", f"{tmp_path}/runs.csv"])
     assert (tmp_path / "b" / "table.md").read_text() == table.read_text()
     rows = pd.read_csv(tmp_path / "runs.csv")
     numbers = read_evaluation(tmp_path / "a")["results"]["clip-0"]["new concepts, new styles"]
