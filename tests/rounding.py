@@ -58,7 +58,10 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     n = case.n
     penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
     pairs = [x * case.weights.get(y, 0.0) for x, y in zip(penalty_weights, TERMS[1:], strict=True)]
-    value, grad = penalty_bound(*(exact[name] for name in FEATURES), *pairs, eps.penalties)
+    # With views, CLIP's loss and its error are halved.
+    progress_error = found[TERMS[0]] * (1 + case.views) / log(max(n, 2)) * case.has_progress
+    errors = eps.penalties, progress_error
+    value, grad = penalty_bound(*(exact[name] for name in FEATURES), *pairs, *errors)
     for name, penalty_weight in zip(TERMS[1:], penalty_weights, strict=True):
         found[name] = penalty_weight * value
     for name in FEATURES:
@@ -189,8 +192,12 @@ def gradient_sizes(
     return sizes
 
 
-def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Any]:
+def penalty_bound(
+    image: Tensor, text: Tensor, a: float, b: float, eps: float, factor_error: Tensor
+) -> list[Any]:
     """The rounding error of N P_in and N P_cross, and of the gradients of a N P_in + b N P_cross.
+
+    Each is multiplied by a factor from 0 to 1, which is off by at most `factor_error`.
 
     Each element of U and V is a sum or a difference of two given numbers, so only its last bit is
     inexact. For nearly aligned pairs V is small, and so are all errors. The oracle subtracts
@@ -198,7 +205,8 @@ def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -
     """
     value = grad = 0.0
     sizes = image.abs() + text.abs()
-    engine = ((image + text).abs(), (image - text).abs(), eps * growth(image.shape[1], eps))
+    eps = eps * growth(image.shape[1], eps) + factor_error
+    engine = ((image + text).abs(), (image - text).abs(), eps)
     oracle = (sizes, sizes, FLOAT64)
     for u, v, precision in (engine, oracle):
         w = u @ v.T
