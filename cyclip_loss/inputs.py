@@ -7,7 +7,7 @@ call and its bounds.
 """
 
 from collections.abc import Hashable
-from numbers import Real
+from math import inf
 from typing import Any
 from weakref import WeakSet
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from cyclip_loss import usage_warnings
 from cyclip_loss.batch import Batch, Comparison, Plan, Ranks
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
-from cyclip_loss.options import LARGEST, ContrastiveModule, ContrastiveOptions, Options
+from cyclip_loss.options import ContrastiveModule, ContrastiveOptions, Options, number
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
@@ -111,11 +111,11 @@ def prepare(
 
 
 def _is_traced(*features: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return True
     # Operations on tensors with a dispatch of their own, such as fake tensors, may be recorded
     # instead of executed. Other subclasses are ordinary tensors.
-    return any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in features)
+    return torch.compiler.is_compiling() or any(
+        type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in features
+    )
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
@@ -269,15 +269,12 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor, traced: boo
     """The scale or the bias as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a scalar tensor or a number, got {value!r}")
-        if not traced:
-            if name == "logit_scale" and not 0 < value <= LARGEST:
-                raise ValueError(f"{name} must be finite and > 0, got {value}")
-            if not -LARGEST <= value <= LARGEST:
-                raise ValueError(f"{name} must be finite, got {value}")
+        given = number(name, value, "a scalar tensor or a number")
+        least = 0 if name == "logit_scale" else -inf
+        if not traced and not least < given < inf:
+            raise ValueError(f"{name} must be finite and > {least}, got {value}")
         # Not `new_full`: torch.compile would make the number a constant.
-        return features.new_ones((), dtype=dtype) * float(value)
+        return features.new_ones((), dtype=dtype) * given
     _check_dense(name, value, "full_tensor")
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
