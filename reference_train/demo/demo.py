@@ -117,9 +117,8 @@ def main(argv: Sequence[str]) -> None:
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
         describe_model(config, out / name)
-        trained = train(config, clip, batches, out / name)
-        result.setdefault("history", {})[name] = trained.pop("history")
-        result["checkpoints"][name] = {**vars(config), **trained}
+        seconds = train(config, clip, batches, out / name)
+        result["checkpoints"][name] = {**vars(config), "seconds": seconds}
         result["results"][name] = {
             dataset: measure(clip, data) for dataset, data in datasets.items()
         }
