@@ -24,7 +24,7 @@ import torch
 import webdataset as wds
 from rich.progress import track
 
-from ..command_line import Parser, run, whole_number
+from ..command_line import Parser, RunFailed, at_least, first_line, run
 from ..files import new_folder
 from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
 
@@ -40,12 +40,15 @@ def main(argv: Sequence[str]) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     text = "the file that `npm pack @iconify/json` downloads; default: it is downloaded"
     add("--package", type=Path, metavar="FILE", help=text)
-    add("--limit", type=whole_number(1), metavar="N", help="draw N icons, picked at random")
+    add("--limit", type=at_least(1), metavar="N", help="draw N icons, picked at random")
     arguments = parser.parse_args(argv)
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or Path(temporary) / "icons.tgz"
         if not arguments.package:
-            torch.hub.download_url_to_file(URL, str(archive), SHA256)
+            try:
+                torch.hub.download_url_to_file(URL, str(archive), SHA256)
+            except Exception as error:  # without a network, of another file, ...
+                raise RunFailed(f"{URL} can't be downloaded: {first_line(error)}") from error
         built = build(archive, folder, arguments.limit)
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}

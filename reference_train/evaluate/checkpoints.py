@@ -121,6 +121,8 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
             f"{file}: no {PARAMETERS} of a run beside it: pass --model ({RELEASED_MODEL} for "
             "checkpoints of the CyCLIP authors)"
         )
+    if model is None and ":" in str(name):
+        raise UsageError(f"{file}: {PARAMETERS} names a model to download: pass --model {name}")
     if name not in open_clip.list_models():
         # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
         open_clip.add_model_config(parameters.get("model_config") or folder)

@@ -18,6 +18,7 @@ from ..files import make_folder, write_text
 from .datasets import Dataset
 
 Result = dict[str, Any]  # what evaluation.json holds
+ABOUT = ("date", "command", "versions", "device", "settings")
 PARTS = ("checkpoints", "data_sets", "failed", "results")
 PACKAGES = ("torch", "torchvision", "open_clip_torch")
 
@@ -29,12 +30,13 @@ def start(
 
     settings: the settings that the numbers depend on; arguments: those of reference_train.
 
-    Raises `UsageError` if the folder's evaluation has other settings, or the folder can't be made.
+    Raises `UsageError` if the folder's evaluation has other settings, or is a merged one.
     """
-    make_folder(out)
     command = shlex.join(["python", "-m", "reference_train", *arguments])
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
+        if isinstance(result["settings"], list):
+            raise UsageError(f"--out {out}: holds a merged evaluation: choose another --out")
         for name, wanted in settings.items():
             if (stored := result["settings"].get(name)) != wanted:
                 what = f"--out {out}: holds an evaluation with {name} = {stored}, not {wanted}"
@@ -57,8 +59,8 @@ def read_evaluation(path: Path) -> Result:
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         result: Result = json.loads(file.read_text(encoding="utf-8"))
-        if not all(isinstance(result[part], dict) for part in PARTS):
-            raise ValueError("no results")
+        if not all(isinstance(result[part], dict) for part in PARTS) or not {*ABOUT} <= {*result}:
+            raise ValueError("no results or no settings")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no evaluation.json: {error!r}") from error
     return result
@@ -71,17 +73,24 @@ def save(result: Result, out: Path) -> None:
 
 
 def describe(data: Dataset) -> dict[str, Any]:
-    """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its texts."""
+    """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its content.
+
+    The hash is of all texts and labels, and of the images' names and sizes (`Images.identity`).
+    """
     groups = dict(Counter(data.groups or []))
     captions = len(data.images) if groups else 0  # class names are used as captions
-    texts = [data.captions, *([c.names, c.templates] for c in data.classes.values())]
+    content = [data.captions, data.groups, data.images.identity()]
+    content += [(c.names, c.templates, c.labels.tolist()) for c in data.classes.values()]
+    if data.train:
+        train_images, labels = data.train
+        content += [train_images.identity(), *(x.tolist() for x in labels.values())]
     return {
         "images": len(data.images),
         "train_images": len(data.train[0]) if data.train else 0,
         "classes": {task or "class": len(c.names) for task, c in data.classes.items()},
         "captions": sum(map(len, data.captions)) if data.captions else captions,
         "groups": groups,
-        "texts_crc32": zlib.crc32(repr(texts).encode()),
+        "crc32": zlib.crc32(repr(content).encode()),
         "mean_over": [group for group in groups if group not in data.excluded_groups],
     }
 
@@ -95,7 +104,7 @@ def merge(records: Mapping[str, Result]) -> Result:
     Raises `UsageError` if evaluations have different datasets under one name.
     """
     merged: Result = {part: {} for part in PARTS}
-    for key in ("date", "command", "versions", "device", "settings"):
+    for key in ABOUT:
         merged[key] = [result[key] for result in records.values()]
     merged["date"], merged["command"] = max(merged["date"]), "\n".join(merged["command"])
     for record, result in records.items():

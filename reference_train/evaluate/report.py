@@ -208,7 +208,8 @@ def markdown(result: Result, short: bool = False) -> str:
         heading = ", ".join(f"{count:,} {what}" for what, count in sizes.items() if count)
         table = dataset_table(result, summary, name, published, short)
         lines += ["", f"## {name}: {heading}", ""]
-        lines.append(f"|  | {' | '.join(table)} |")
+        titles = [title.replace("|", r"\|") for title in table]  # a file may be called a|b.pt
+        lines.append(f"|  | {' | '.join(titles)} |")
         lines.append("|---" + "|---:" * len(table.columns) + "|")
         lines += [f"| {' | '.join(row)} |" for row in table.itertuples()]
         sources |= dict.fromkeys(row.source for row in published)
@@ -324,6 +325,8 @@ def main(argv: Sequence[str]) -> None:
     result = merge({str(path): read_evaluation(path) for path in arguments.evaluations})
     if arguments.out:  # else `evaluate` may be adding results to the folder's record
         save(result, arguments.out)
-    write(result, arguments.out or arguments.evaluations[0])
+    first = arguments.evaluations[0]
+    write(result, arguments.out or (first if first.is_dir() else first.parent))
     if arguments.csv:
-        table_of_runs(result).to_csv(arguments.csv, index=False, float_format="%.6g")
+        rows = table_of_runs(result).to_csv(index=False, float_format="%.6g")
+        write_text(rows, arguments.csv)

@@ -24,8 +24,9 @@ from webdataset.shardlists import expand_urls
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import Parser, UsageError, say, whole_number
+from ..command_line import Parser, RunFailed, UsageError, at_least, first_line, say
 from ..data.samples import fingerprint
+from ..files import locked
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
 from ..runs import register_models
 from . import patches, shards, views
@@ -61,16 +62,18 @@ def main(argv: Sequence[str]) -> None:
         print("python -m", shlex.join([*launcher, "--", *flags]), flush=True)
     check_settings(args)
     folder = Path(args.logs) / args.name
-    done = epochs_done(folder, args)
-    if options.dry_run:
-        return
-    if done < args.epochs:
-        if options.views:
-            views.ViewPatches(options.views).install(trainer)
-        patches.TrainerPatches(added_settings).install(trainer)
-        train(flags)
-    if rank == 0:
-        report(folder, args.epochs, was_finished=done >= args.epochs)
+    # One lock for all ranks.
+    with contextlib.nullcontext() if options.dry_run or rank else locked(folder):
+        done = epochs_done(folder, args)
+        if options.dry_run:
+            return
+        if done < args.epochs:
+            if options.views:
+                views.ViewPatches(options.views).install(trainer)
+            patches.TrainerPatches(added_settings).install(trainer)
+            train(flags)
+        if rank == 0:
+            report(folder, args.epochs, was_finished=done >= args.epochs)
 
 
 def report(folder: Path, epochs: int, was_finished: bool) -> None:
@@ -92,6 +95,11 @@ def train(flags: list[str]) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
     try:
         open_clip_train.main(flags)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # where torch.save fails
+            raise
+        why = f"is the disk full? {first_line(error)}"
+        raise RunFailed(f"a checkpoint can't be written: {why}") from error
     finally:
         logging.disable(logging.INFO)  # PyTorch's compiler logs at exit, after our last line
 
@@ -99,9 +107,7 @@ def train(flags: list[str]) -> None:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the options of `pretrain`, and the other flags: the launcher's and OpenCLIP's."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(
-        "python -m reference_train pretrain", description=DESCRIPTION, allow_abbrev=False
-    )
+    parser = Parser("python -m reference_train pretrain", description=DESCRIPTION)
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
     losses = [name for name, loss in LOSSES.items() if not loss.views]
@@ -115,7 +121,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add(
         "--batch-size",
-        type=whole_number(1),
+        type=at_least(1),
         metavar="N",
         help="pairs in a batch of all ranks together; default: the preset's",
     )

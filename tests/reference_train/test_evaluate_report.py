@@ -1,12 +1,14 @@
 """The tables and merged records of `report`, and which published numbers they show."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import ROOT
 
-from reference_train.command_line import UsageError
+from reference_train.command_line import RunFailed, UsageError
 from reference_train.evaluate import records, report
 from reference_train.evaluate.records import read_evaluation
 
@@ -49,12 +51,20 @@ def test_a_merged_evaluation_has_the_runs_and_the_settings_of_all(tmp_path, monk
     ):
         weights = {"run": {"loss": None, "seed": None, "path": "run", "written": written}}
         sets, settings = {data: DATASET}, {"steps": steps}
-        write(name, "run", name, checkpoints=weights, data_sets=sets, settings=settings)
+        write(name, "run", f"{name}|b.pt", checkpoints=weights, data_sets=sets, settings=settings)
     report.main([*"abc", "--out", "merged"])
     merged = read_evaluation(Path("merged"))
-    assert list(merged["results"]) == ["run", "a", "b", "c-run", "c"]
+    assert list(merged["results"]) == ["run", "a|b.pt", "b|b.pt", "c-run", "c|b.pt"]
     assert list(merged["results"]["run"]) == ["icons", "emoji"]
     assert merged["settings"] == [{"steps": steps} for steps in (1178, 620, 620)]
+    table = Path("merged", "table.md")
+    assert r" | a\|b.pt | " in table.read_text()
+    table.unlink()
+    with pytest.raises(RunFailed, match=r"none/runs\.csv can't be written"):
+        report.main(["merged/evaluation.json", "--csv", "none/runs.csv"])
+    assert table.exists()
+    with pytest.raises(UsageError, match="--out merged: holds a merged evaluation: choose"):
+        records.start(Path("merged"), {"steps": 620}, [], torch.device("cpu"))
 
 
 def test_report_refuses_evaluations_that_do_not_go_together(tmp_path, monkeypatch) -> None:
@@ -63,6 +73,9 @@ def test_report_refuses_evaluations_that_do_not_go_together(tmp_path, monkeypatc
     write("b", "clip-1", data_sets={"icons": DATASET | {"images": 99}})
     with pytest.raises(UsageError, match="b: icons is another dataset there"):
         report.main(["a", "b", "--out", "out"])
+    Path("no.json").write_text(json.dumps({part: {} for part in records.PARTS}))
+    with pytest.raises(UsageError, match=r"no\.json is no evaluation\.json: .*settings"):
+        report.main(["no.json"])
 
 
 PROBES = {"May 2022", "April 2022"}

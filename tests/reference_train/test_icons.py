@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from miniature import write_tar
 
-from reference_train.command_line import UsageError
+from reference_train.command_line import RunFailed, UsageError
 from reference_train.data import icon_sets, icons
 from reference_train.data.samples import Sample, read_samples
 
@@ -130,10 +130,11 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(built) -> None:
 def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     package, built, tmp_path, monkeypatch
 ) -> None:
-    """Another package than the expected one is refused."""
-    monkeypatch.setattr(icons, "URL", package.as_uri())
-    with pytest.raises(RuntimeError, match="invalid hash value"):
-        icons.main(f"--out {tmp_path}/out".split())
+    """Another package than the expected one is refused. Without a network there is none."""
+    for url, why in (("file:///nowhere", "No such file"), (package.as_uri(), "invalid hash value")):
+        monkeypatch.setattr(icons, "URL", url)
+        with pytest.raises(RunFailed, match=f"{url} can't be downloaded: .*{why}"):
+            icons.main(f"--out {tmp_path}/out".split())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
     icons.main(f"--out {tmp_path}/some --limit 1".split())
