@@ -2,7 +2,8 @@
 
 It takes about eight minutes to draw the icons of npm's `@iconify/json` (104 MB). The folder gets
   train-*.tar    WebDataset shards to train on
-  val-*.tar      shards of held-out icons, whose names no training shard has
+  val-*.tar      shards of held-out icons, whose names no training shard has; their classes are in
+                 classnames.txt, so that `evaluate --data` reads the folder
   sizes.json     the number of pairs in each shard, as OpenCLIP reads it
   manifest.json  the icon sets, their authors and licences, and which icons are left out and why
 """
@@ -30,6 +31,7 @@ from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, lic
 
 SAMPLES_PER_SHARD = 5000
 CHUNK = 64  # icons in a task of the process pool
+PROMPTS = "{c}\na drawing of {c}\na picture of {c}\nan icon of {c}"  # for zero-shot classification
 PICTURES_OF_A_NAME = {"train": 40, "val": 1}  # at most
 
 
@@ -86,13 +88,15 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
             used_icons[icon.set] += 1
             text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
             key = icon.key.replace(".", "_")
-            sample: dict[str, Any] = {"__key__": key, "png": png, "txt": text}
+            sample = {"__key__": key, "png": png, "txt": text}
             if part == "val":  # training does not read it, and is slower with more files in a tar
-                sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
+                sample["cls"] = str([*names["val"]].index(icon.name))
             shards = train if part == "train" else val
             shards.write(sample)
             sizes[Path(shards.fname).name] += 1
     (out / "sizes.json").write_text(json.dumps(sizes))
+    (out / "classnames.txt").write_text("\n".join(names["val"]))
+    (out / "zeroshot_classification_templates.txt").write_text(PROMPTS)
     return {
         "pairs": {part: sum(names[part].values()) for part in names},
         "left_out": dict(left_out.most_common()),

@@ -6,7 +6,6 @@ the paper's datasets only.
 """
 
 import io
-import json
 import os
 import pkgutil
 import re
@@ -133,11 +132,8 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
 def recognise(folder: Path) -> tuple[str, Opener] | None:
     """The name of the dataset in a folder, and its opener; None if there is no dataset."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
-    if (folder / "test" / "0.tar").is_file():
-        return name, partial(open_tars, folder, name)
-    if next(folder.glob("val-*.tar"), None) is not None:
-        return name, partial(open_icons, folder)
-    return None
+    known = (folder / "test" / "0.tar").is_file() or any(folder.glob("val-*.tar"))
+    return (name, partial(open_tars, folder, name)) if known else None
 
 
 def open_emoji() -> Dataset:
@@ -214,7 +210,7 @@ class TarImages(Images):
                             continue
                         place = (shard, image.name, image.offset_data, image.size)
                         self.samples.append({"image": place})
-                        for extension in files.keys() & {"cls", "txt", "json"}:
+                        for extension in files.keys() & {"cls", "txt"}:
                             content: Any = tar.extractfile(files[extension])
                             self.samples[-1][extension] = content.read().decode("utf-8").strip()
             except (OSError, tarfile.TarError) as error:
@@ -233,7 +229,7 @@ def open_tars(folder: Path, name: str) -> Dataset:
     """A dataset in the layout of https://github.com/LAION-AI/CLIP_benchmark:
 
     test/0.tar, 1.tar, ...   samples of an image and .cls (the number of a class) or .txt
-                             (captions, one on each line)
+                             (captions, one on each line); or val-*.tar, as `data.icons` writes
     test/nshards.txt         the number of tar files; it may be missing
     train/...                the same as test; it may be missing
     classnames.txt           the name of each class
@@ -243,10 +239,10 @@ def open_tars(folder: Path, name: str) -> Dataset:
     """
     if "multilabel" in read_lines(folder / "dataset_type.txt"):
         raise Unusable("images with several labels each are not evaluated")
-    images = TarImages(shards(folder / "test"))
+    images = TarImages(shards(folder / "test") or sorted(folder.glob("val-*.tar")))
     labels, texts, data = read_classes(images), images.texts("txt"), Dataset(images)
     if labels is None and texts is None:
-        raise Unusable(f"the samples of {folder / 'test'} have neither .cls nor .txt")
+        raise Unusable(f"the samples of {folder} have neither .cls nor .txt")
     if labels is not None:
         names = read_lines(folder / "classnames.txt")
         if not names:
@@ -278,17 +274,6 @@ def shards(folder: Path) -> list[Path]:
     if count := read_lines(folder / "nshards.txt"):
         return [folder / f"{number}.tar" for number in range(int(count[0]))]
     return sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
-
-
-def open_icons(folder: Path) -> Dataset:
-    """Held-out icons, `val-*.tar` with png, txt and json. The classes are their names."""
-    images = TarImages(sorted(folder.glob("val-*.tar")))
-    captions, infos = images.texts("txt"), images.texts("json")
-    if captions is None or infos is None:
-        raise Unusable(f"the samples of {folder}/val-*.tar lack .txt or .json")
-    names, labels = number_words([json.loads(info)["name"] for info in infos])
-    task = Classes(labels, names, DRAWING_TEMPLATES)
-    return Dataset(images, {"": task}, [[caption] for caption in captions])
 
 
 def classification(

@@ -112,11 +112,12 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
     write_set(data / "wds_flickr8k", {"test": pairs}, dataset_type="retrieval\n")
     (data / "wds_flickr8k" / "test" / "nshards.txt").unlink()
     icons = [
-        {"png": picture(0), "txt": b"%d, bold" % i + end, "json": b'{"name": "n%d"}' % i}
+        {"png": picture(0), "txt": b"%d, bold" % i + end, "cls": b"%d" % i}
         for i in range(6)
         for end in (b"", b"\n")
     ]
     write_samples(data / "icons" / "val-00000.tar", icons)
+    (data / "icons" / "classnames.txt").write_text(TEN_CLASSES)
     for split in ("test", "train"):
         write_image_folder(tmp_path / split, ["a_b", "c"])
     options = f"--imagefolder own={tmp_path} --precision amp_bf16 --data {data}"
