@@ -20,6 +20,7 @@ from reference_train.demo import demo
         ("--loss geometric --lambda-progress", "only with --loss clip, cyclip, c-cyclip"),
         ("--lambda -1", "--lambda: must be >= 0, not -1"),
         ("--lambda nan", "--lambda: must be >= 0, not nan"),
+        ("--lambda inf", "--lambda: must be >= 0, not inf"),
         ("--step 9", "unrecognized arguments: --step 9"),
         ("--out /dev/null/runs", "can't be written"),
         ("--out /proc", "can't be written"),

@@ -60,8 +60,8 @@ def test_a_merged_evaluation_has_the_runs_and_the_settings_of_all(tmp_path, monk
     table = Path("merged", "table.md")
     assert r" | a\|b.pt | " in table.read_text()
     table.unlink()
-    with pytest.raises(RunFailed, match=r"none/runs\.csv can't be written"):
-        report.main(["merged/evaluation.json", "--csv", "none/runs.csv"])
+    with pytest.raises(RunFailed, match=r"json/runs\.csv can't be written: Not a directory"):
+        report.main(["merged/evaluation.json", "--csv", "merged/evaluation.json/runs.csv"])
     assert table.exists()
     with pytest.raises(UsageError, match="--out merged: holds a merged evaluation: choose"):
         records.start(Path("merged"), {"steps": 620}, [], torch.device("cpu"))
