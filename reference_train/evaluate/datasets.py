@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
-from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -303,7 +302,7 @@ def classification(
         if name.startswith("imagenet") and imagenet_numbers is None:
             imagenet_numbers = imagenet_classes(name, names)
     if imagenet_numbers is not None:
-        of_all = paper.imagenet_superclasses()
+        of_all = list(paper.IMAGENET_SUPERCLASSES.values())
         superclasses = [of_all[number] for number in imagenet_numbers]
     elif name == "cifar100":
         superclasses = paper.cifar100_superclasses()
@@ -336,9 +335,8 @@ def imagenet_classes(name: str, names: Sequence[str]) -> list[int]:
 
 def imagenet_folders(path: Path, folders: Sequence[str]) -> list[int]:
     """The class numbers of folders whose names are WordNet identifiers or class numbers."""
-    identifiers = ImageNetInfo("imagenet-1k").label_names()
-    number_of = {identifier: number for number, identifier in enumerate(identifiers)}
-    number_of |= {str(number): number for number in range(len(identifiers))}
+    number_of = {key: i for i, key in enumerate(paper.IMAGENET_SUPERCLASSES)}
+    number_of |= {str(i): i for i in range(len(number_of))}
     if unknown := [folder for folder in folders if folder not in number_of]:
         raise Unusable(
             f"{path / unknown[0]}: the folder's name should be a WordNet identifier (n01440764) or "

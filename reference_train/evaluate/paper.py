@@ -7,7 +7,6 @@ heading shows it; the training pairs, only in rows of the source `DATA_SIZE`; a 
 model; the mark, a key of `MARKS`; where the number was read; and a note.
 """
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,10 @@ TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 # Name -> how many classes, test images and train images a dataset of the paper has. Names are
 # clip-benchmark's, without "wds_" and "vtab-".
 SETS = pd.read_csv(FOLDER / "datasets.csv", index_col="name").to_dict("index")
+# ImageNet's classes in their order, by WordNet identifier -> the superclass of each.
+IMAGENET_SUPERCLASSES: dict[str, str] = pd.read_csv(
+    FOLDER / "imagenet_superclasses.csv", comment="#", index_col="class"
+)["superclass"].to_dict()
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
 DATA_SIZE = "data size"  # the source of the paper's runs with several numbers of training pairs
 MARKS = {
@@ -82,19 +85,6 @@ def published(dataset: str) -> list[Published]:
         )
         for _, row in rows.iterrows()
     ]
-
-
-def imagenet_superclasses() -> list[str]:
-    """The name of the superclass of each class of ImageNet.
-
-    Each line of the file is "NAME: NUMBERS", and # begins a comment.
-    """
-    found: dict[int, str] = {}
-    text = (FOLDER / "imagenet_superclasses.txt").read_text(encoding="utf-8")
-    for name, numbers in re.findall(r"^([^#:\n]+):([^#\n]*)", text, re.MULTILINE):
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
-            found |= dict.fromkeys(range(int(first), int(last or first) + 1), name)
-    return [found[number] for number in sorted(found)]
 
 
 def cifar100_superclasses() -> list[str]:
