@@ -3,8 +3,8 @@
 `datasets.csv` has the datasets: first those of the zero-shot table, then those of linear probes
 only. A number of images is 0 if it is not known.
 `published.csv` has the numbers. Its columns are the dataset; the metric; the source, as the table's
-heading shows it; the training pairs, only in rows of the source `DATA_SIZE`; a number in % for each
-model; the mark, a key of `MARKS`; where the number was read; and a note.
+heading shows it; a number in % for each model; the mark, a key of `MARKS`; where the number was
+read; and a note. Nothing reads `published_data_size.csv`, of runs on other numbers of pairs.
 """
 
 from pathlib import Path
@@ -28,7 +28,6 @@ IMAGENET_SUPERCLASSES: dict[str, str] = pd.read_csv(
     FOLDER / "imagenet_superclasses.csv", comment="#", index_col="class"
 )["superclass"].to_dict()
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
-DATA_SIZE = "data size"  # the source of the paper's runs with several numbers of training pairs
 MARKS = {
     "c": "read in the repository of the paper's authors (github.com/goel-shashank/CyCLIP), in the "
     "file and commit that published.csv says",
@@ -66,25 +65,23 @@ class Published(NamedTuple):
 
     metric: str
     source: str
-    percent: dict[str, float]  # title of the model -> number in %
-    mark: str
     note: str
+    cells: dict[str, str]  # heading -> number in %, with its mark
 
 
 def published(dataset: str) -> list[Published]:
-    """The published numbers of a dataset, except those of the source `DATA_SIZE`."""
-    table = pd.read_csv(FOLDER / "published.csv", keep_default_na=False)
-    rows = table[(table["data_set"] == dataset) & (table["source"] != DATA_SIZE)]
-    return [
-        Published(
-            row["metric"],
-            row["source"],
-            {LOSSES[model].title: float(row[model]) for model in MODELS if row[model]},
-            row["mark"],
-            row["note"],
-        )
-        for _, row in rows.iterrows()
-    ]
+    """The published numbers of a dataset."""
+    table = pd.read_csv(FOLDER / "published.csv", dtype=str, keep_default_na=False)
+    found = []
+    for _, row in table[table["data_set"] == dataset].iterrows():
+        mark = row["mark"] + "*" * bool(row["note"])
+        cells = {
+            f"{LOSSES[model].title}, {row['source']}": f"{row[model]} {mark}"
+            for model in MODELS
+            if row[model]
+        }
+        found.append(Published(row["metric"], row["source"], row["note"], cells))
+    return found
 
 
 def cifar100_superclasses() -> list[str]:

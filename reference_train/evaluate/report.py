@@ -241,9 +241,9 @@ def dataset_table(
                 for heading in headings
                 if (name, group, key, heading) in summary.index
             }
-            for found in [found for found in published if not group and found.metric == key]:
-                mark = found.mark + "*" * bool(found.note)
-                row |= {f"{x}, {found.source}": f"{n:.2f} {mark}" for x, n in found.percent.items()}
+            for found in published:
+                if found.metric == key and not group:
+                    row |= found.cells
             if not row:
                 continue
             if guess := chance(result, name, key, group):
@@ -251,7 +251,7 @@ def dataset_table(
             if metric.kind:
                 row["n"] = f"{num_queries(result, name, key, group):,}"
             rows[f"{group}: {metric.title}" if group else metric.title] = row
-    sources = [f"{x}, {found.source}" for found in published for x in found.percent]
+    sources = [title for found in published for title in found.cells]
     titles = dict.fromkeys([*headings, *sources, "chance", "n"])
     return pd.DataFrame(rows, list(titles)).T.fillna("")
 
