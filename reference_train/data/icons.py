@@ -70,7 +70,6 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
     icons = icons[:limit]
     # Part -> name -> number of its pictures.
     names: dict[str, Counter[str]] = {part: Counter() for part in PICTURES_OF_A_NAME}
-    used_icons: Counter[str] = Counter()  # of each set
     sizes: Counter[str] = Counter()  # the number of pairs in each shard
     # mtime=0: every run writes the same bytes. A fractional time would need an extra header.
     writer = partial(wds.ShardWriter, maxcount=SAMPLES_PER_SHARD, mtime=0, verbose=0)
@@ -85,7 +84,6 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
             names[part][icon.name] += 1
-            used_icons[icon.set] += 1
             text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
             key = icon.key.replace(".", "_")
             sample = {"__key__": key, "png": png, "txt": text}
@@ -101,14 +99,8 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
         "pairs": {part: sum(names[part].values()) for part in names},
         "left_out": dict(left_out.most_common()),
         "sets": {
-            prefix: {
-                "title": info["name"],
-                "author": info["author"],
-                "licence": licence(info),
-                "icons": used_icons[prefix],
-            }
+            prefix: {"title": info["name"], "author": info["author"], "licence": licence(info)}
             for prefix, info in sets.items()
-            if used_icons[prefix]
         },
     }
 

@@ -119,7 +119,7 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         if LOSSES[loss].siglip:
             config.logit_scale, logit_bias = SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS
         torch.manual_seed(seed)
-        clip = build_model(name, config.logit_scale, arguments.device, logit_bias)
+        clip = build_model(config.logit_scale, arguments.device, logit_bias)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
         describe_model(config, out / name)

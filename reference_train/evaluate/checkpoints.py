@@ -168,7 +168,6 @@ def default_precision(device: torch.device) -> str:
 class Clip:
     """A model in evaluation mode, with its preprocessing, device and precision."""
 
-    title: str
     model: Any  # an OpenCLIP module
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
@@ -228,7 +227,7 @@ class Clip:
     def _finite(self, features: Tensor) -> Tensor:
         """Returns the features. Raises `RunFailed` if they are not finite."""
         if not features.isfinite().all():
-            raise RunFailed(f"{self.title}: features are not finite")
+            raise RunFailed("features are not finite")
         return features
 
 
@@ -256,6 +255,4 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
     except Exception as error:  # OpenCLIP and PyTorch raise many types of errors
         message = " ".join(str(error).split())[:300]
         raise UsageError(f"{checkpoint.weights} as {checkpoint.model}: {message}") from error
-    return Clip(
-        checkpoint.title, model.eval().to(device), preprocess, tokenizer, device, **settings
-    )
+    return Clip(model.eval().to(device), preprocess, tokenizer, device, **settings)

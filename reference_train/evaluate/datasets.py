@@ -112,7 +112,7 @@ LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
 
 
 def find(roots: Sequence[Path]) -> dict[str, Opener]:
-    """The datasets in `roots`, the paper's first. Prints which files and folders are not used.
+    """The datasets in `roots`, by name. Prints which files and folders are not used.
 
     roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
     earlier one. Hidden files, and the manifest that `data.photos` writes, are not printed.
@@ -125,7 +125,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
                 found[known[0]] = known[1]
             elif not re.match(r"\.|manifest\.json", path.name):
                 say(f"{path}: no dataset, or of the same name as another one")
-    return {name: found[name] for name in [*paper.SETS, *found] if name in found}
+    return found
 
 
 def recognise(folder: Path) -> tuple[str, Opener] | None:
