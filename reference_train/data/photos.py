@@ -173,8 +173,8 @@ def tiny_imagenet(repository: Repository) -> Parts:
 
 def class_names(identifiers: Sequence[str]) -> dict[str, str]:
     """The texts of ImageNet's classes: "n01443537" -> "a photo of a goldfish, fish"."""
-    superclass = paper.IMAGENET_SUPERCLASSES
-    name = dict(zip(superclass, IMAGENET_CLASSNAMES, strict=True))
+    superclass = paper.IMAGENET["superclass"]
+    name = dict(zip(superclass.index, IMAGENET_CLASSNAMES, strict=True))
     return {x: f"a photo of a {name[x]}, {superclass[x]}" for x in identifiers}
 
 

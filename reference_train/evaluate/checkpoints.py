@@ -214,7 +214,7 @@ class Clip:
                 num_classes_per_batch=max(1, TEXT_BATCH_SIZE // len(templates)),
                 device=self.device,
             )
-        return self._finite(weights.T.float().cpu())
+        return finite(weights.T.float().cpu())
 
     def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
         """The features of all batches, float32, on the CPU."""
@@ -222,13 +222,14 @@ class Clip:
         for batch in batches:
             with torch.inference_mode(), self.autocast():
                 features.append(encode(batch.to(self.device)).float().cpu())
-        return self._finite(torch.cat(features))
+        return finite(torch.cat(features))
 
-    def _finite(self, features: Tensor) -> Tensor:
-        """Returns the features. Raises `RunFailed` if they are not finite."""
-        if not features.isfinite().all():
-            raise RunFailed("features are not finite")
-        return features
+
+def finite(features: Tensor) -> Tensor:
+    """Returns the features. Raises `RunFailed` if they are not finite."""
+    if not features.isfinite().all():
+        raise RunFailed("features are not finite")
+    return features
 
 
 def read_batch(images: Images, preprocess: Callable[[Any], Tensor], indices: list[int]) -> Tensor:

@@ -7,7 +7,6 @@ the paper's datasets only.
 
 import io
 import os
-import pkgutil
 import re
 import tarfile
 import zlib
@@ -302,11 +301,10 @@ def classification(
         if name.startswith("imagenet") and imagenet_numbers is None:
             imagenet_numbers = imagenet_classes(name, names)
     if imagenet_numbers is not None:
-        of_all = list(paper.IMAGENET_SUPERCLASSES.values())
-        superclasses = [of_all[number] for number in imagenet_numbers]
+        superclasses = paper.IMAGENET["superclass"].iloc[imagenet_numbers]
     elif name == "cifar100":
-        superclasses = paper.cifar100_superclasses()
-    superclass = number_words(superclasses)[1] if superclasses else None
+        superclasses = paper.CIFAR100["superclass"]
+    superclass = None if superclasses is None else number_words(superclasses)[1]
     classes = Classes(test[1], names, templates, superclass)
     train_split = None if train is None else (train[0], {"": train[1]})
     return Dataset(test[0], {"": classes}, train=train_split)
@@ -319,10 +317,9 @@ def imagenet_classes(name: str, names: Sequence[str]) -> list[int]:
     `Unusable` if the class names are in another order, because the labels would get superclasses
     of other classes. Names that are not ImageNet's, such as translations, are not checked.
     """
-    numbers = list(range(1000))
-    if name in ("imagenet-a", "imagenet-r"):
-        subset = pkgutil.get_data("timm.data", f"_info/{name.replace('-', '_')}_indices.txt")
-        numbers = [int(number) for number in (subset or b"").split()]
+    # The other datasets have all classes.
+    has_class = paper.IMAGENET.get(name, default=[True] * 1000)
+    numbers = np.flatnonzero(has_class).tolist()
     for label, (found, number) in enumerate(zip(names, numbers, strict=True)):
         wanted = IMAGENET_CLASSNAMES[number]
         if found != wanted and found in IMAGENET_CLASSNAMES:
@@ -335,7 +332,7 @@ def imagenet_classes(name: str, names: Sequence[str]) -> list[int]:
 
 def imagenet_folders(path: Path, folders: Sequence[str]) -> list[int]:
     """The class numbers of folders whose names are WordNet identifiers or class numbers."""
-    number_of = {key: i for i, key in enumerate(paper.IMAGENET_SUPERCLASSES)}
+    number_of = {key: i for i, key in enumerate(paper.IMAGENET.index)}
     number_of |= {str(i): i for i in range(len(number_of))}
     if unknown := [folder for folder in folders if folder not in number_of]:
         raise Unusable(

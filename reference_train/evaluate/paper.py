@@ -23,10 +23,11 @@ TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 # Name -> how many classes, test images and train images a dataset of the paper has. Names are
 # clip-benchmark's, without "wds_" and "vtab-".
 SETS = pd.read_csv(FOLDER / "datasets.csv", index_col="name").to_dict("index")
-# ImageNet's classes in their order, by WordNet identifier -> the superclass of each.
-IMAGENET_SUPERCLASSES: dict[str, str] = pd.read_csv(
-    FOLDER / "imagenet_superclasses.csv", comment="#", index_col="class"
-)["superclass"].to_dict()
+# The classes of a dataset in their order, with the superclass of each.
+IMAGENET, CIFAR100 = (
+    pd.read_csv(FOLDER / f"{name}_classes.csv", comment="#", index_col="class")
+    for name in ("imagenet", "cifar100")
+)
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
 MARKS = {
     "c": "read in the repository of the paper's authors (github.com/goel-shashank/CyCLIP), in the "
@@ -82,14 +83,3 @@ def published(dataset: str) -> list[Published]:
         }
         found.append(Published(row["metric"], row["source"], row["note"], cells))
     return found
-
-
-def cifar100_superclasses() -> list[str]:
-    """The superclass of each class of CIFAR-100, which are in alphabetical order.
-
-    Each line of the file has the classes of a superclass, from
-    https://www.cs.toronto.edu/~kriz/cifar.html.
-    """
-    lines = (FOLDER / "cifar100_superclasses.txt").read_text(encoding="utf-8").splitlines()
-    superclass = {name: line for line in lines for name in line.split()}
-    return [superclass[name] for name in sorted(superclass)]

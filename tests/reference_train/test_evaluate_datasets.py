@@ -65,7 +65,7 @@ def test_superclasses_are_cut_to_the_classes_of_a_dataset(tmp_path) -> None:
 
 
 def test_cifar100_has_its_superclasses(tmp_path) -> None:
-    names = sorted((paper.FOLDER / "cifar100_superclasses.txt").read_text().split())
+    names = paper.CIFAR100.index
     images = [IMAGE | LABEL, IMAGE | LABEL]
     write_set(tmp_path / "wds_vtab-cifar100", {"test": images}, classnames="\n".join(names))
     classes = find([tmp_path])["cifar100"]().classes[""]
