@@ -233,10 +233,9 @@ def open_tars(folder: Path, name: str) -> Dataset:
     classnames.txt           the name of each class
     zeroshot_classification_templates.txt
                              prompts, with {c} for the class; it may be missing
-    dataset_type.txt         "retrieval", "multilabel", or missing
+
+    Images with several labels each (.npy) are not evaluated.
     """
-    if "multilabel" in read_lines(folder / "dataset_type.txt"):
-        raise Unusable("images with several labels each are not evaluated")
     images = TarImages(shards(folder / "test") or sorted(folder.glob("val-*.tar")))
     labels, texts, data = read_classes(images), images.texts("txt"), Dataset(images)
     if labels is None and texts is None:

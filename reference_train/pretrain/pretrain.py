@@ -191,9 +191,6 @@ def check_settings(args: argparse.Namespace) -> None:
     """Raises `UsageError` for errors that OpenCLIP would raise later, or in many lines."""
     if ":" not in args.model and args.model not in open_clip.list_models():
         raise UsageError(f"--model {args.model}: OpenCLIP has no model of this name")
-    if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
-        what = "OpenCLIP 3 can't train with several ranks on a CPU"
-        raise UsageError(f"{what}; OpenCLIP 4 can, with -- --fsdp --precision fp32")
     if args.views == "own" and args.aug_cfg == NO_AUGMENTATION:
         what = "the preset's augmentation changes no picture, so both views would be equal"
         raise UsageError(f"--views own: {what}; take --views, or another --aug-cfg after --")

@@ -101,7 +101,6 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--views -- --distill-model RN50", "--distill-model can't be combined with --views"),
         ("--views --loss siglip", "--siglip can't be combined with --views"),
         ("WORLD_SIZE=2 --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
-        ("WORLD_SIZE=2 -- --workers 2", "OpenCLIP 3 can't train with several ranks"),
     ],
 )
 def test_pretrain_refuses_before_any_work(
