@@ -3,7 +3,6 @@
 import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from open_clip_train.scheduler import cosine_lr
 from rich.progress import track
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss
 
 from ..command_line import RunFailed
 from ..evaluate.checkpoints import DEMONSTRATION, Clip
@@ -30,28 +28,6 @@ MAX_GRADIENT_NORM = 1.0
 # of 128. All records of the demonstration were made with it, with three seeds.
 REFERENCE_BATCH_SIZE = 256
 WARMUP_SHARE = 0.1  # of all steps
-
-
-def between_views_loss(
-    image_features: Sequence[Tensor], text_features: Sequence[Tensor], loss_fn: CyCLIPLoss
-) -> Tensor:
-    """The term that geometric consistency adds to CyCLIP (Jiang et al. 2023).
-
-    image_features, text_features: the features of the first and of the second views, (N, D) each.
-    loss_fn: its λ and its reference batch size are those of this term.
-    """
-    inmodal_penalty = CyclicPenalty(
-        loss_fn.lambda_inmodal,
-        lambda_crossmodal=0,
-        reference_batch_size=loss_fn.reference_batch_size,
-    )
-    first_similarities, second_similarities = (
-        (image * text).sum(dim=1)  # of each pair
-        for image, text in zip(image_features, text_features, strict=True)
-    )
-    pair_gap = F.mse_loss(first_similarities, second_similarities)
-    penalties = inmodal_penalty(*image_features) + inmodal_penalty(*text_features)
-    return penalties + loss_fn.lambda_inmodal * pair_gap
 
 
 def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> float:
@@ -126,10 +102,8 @@ def compute_loss(clip: Clip, loss: Loss, loss_fn: Any, pixels: Tensor, tokens: T
     )
     # The scale and, if the model has one, the bias.
     options = {name: x for name, x in output.items() if name.startswith("logit_")}
-    if loss.views == "contrastive":
+    if loss.views:
         options["augmented_image_features"] = image_features[1]
         options["augmented_text_features"] = text_features[1]
     total: Tensor = loss_fn(image_features[0], text_features[0], **options)
-    if loss.views == "geometric":
-        total = total + between_views_loss(image_features, text_features, loss_fn)
     return total

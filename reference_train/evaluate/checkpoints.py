@@ -153,8 +153,7 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     loss = loss if loss in LOSSES else None
     if "lambda_inmodal" in parameters:
         penalties = [parameters[f"lambda_{name}"] > 0 for name in ("inmodal", "crossmodal")]
-        views = "contrastive" if parameters.get("views") else ""
-        settings = (*penalties, views, bool(parameters.get("siglip")))
+        settings = (*penalties, *(bool(parameters.get(name)) for name in ("views", "siglip")))
         loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)
     return {"loss": loss, "seed": parameters.get("seed")}
 

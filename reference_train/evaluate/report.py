@@ -87,7 +87,7 @@ def columns(result: Result) -> dict[str, list[str]]:
     for run in result["results"]:
         loss, seed = (result["checkpoints"][run][key] for key in ("loss", "seed"))
         title = run if seed is None else run.removesuffix(f"-{seed}")
-        if loss is not None:
+        if loss in LOSSES:
             series = title.removesuffix(loss).removesuffix("-")
             title = f"{series} {LOSSES[loss].title}".strip()
         found.setdefault(title, []).append(run)
