@@ -80,7 +80,9 @@ class Repository:
         found = git("-C", self.folder, "cat-file", "--batch", stdin="\n".join(blobs))
         output = io.BytesIO(found)
         for _ in blobs:
-            size = output.readline().split()[-1]  # NAME blob SIZE
+            *_, size = output.readline().split()  # NAME blob SIZE, or NAME missing
+            if size == b"missing":
+                raise RunFailed(f"{self.folder} is not a whole clone: delete it")
             yield output.read(int(size))
             output.read(1)
 
