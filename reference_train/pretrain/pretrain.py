@@ -125,7 +125,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="pairs in a batch of all ranks together; default: the preset's",
     )
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--seed", type=at_least(0), default=0, help="default: 0")
     # The flag is not called --logs, because torchrun would take that as one of its own flags.
     add("--out", default="logs", metavar="DIR", help="the folder of all runs; default: logs")
     add("--name", help="the run's folder in DIR; default: PRESET-LOSS[-views]-SEED")
