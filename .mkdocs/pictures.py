@@ -2,31 +2,17 @@
 
     python .mkdocs/pictures.py
 
-penalties.png: what the two penalties compare. cost.png: time and memory of a step, from the record
-benchmarks/results/results.csv. default.png and the photographs' differences.png: differences to
-CLIP with their intervals. White backgrounds keep them readable in dark mode.
+penalties.png: what the two penalties compare. recommended.png: differences to CLIP with their
+intervals. White backgrounds keep them readable in dark mode.
 """
-
-from statistics import mean
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
-from tables import ROOT, SPECS, compared_rows, interval, runs_of
+from tables import ROOT, SPECS, compared_rows, interval
 
-RECORD = ROOT / "benchmarks/results/results.csv"
-DEVICE = "AMD EPYC, threads: 2, float32"
-COLOURS = {True: "tab:green", False: "tab:red", None: "tab:gray"}  # ahead, behind, not shown
-Row = tuple[str, list[float], list[float]]  # label, values, and those of CLIP
 IN_MODAL, CROSS_MODAL, PAIR = "#D55E00", "#0072B2", "#999999"
-# The record's name of a loss: its label, and its style. Okabe and Ito's colours, and markers.
-LOSSES = {
-    "open_clip.ClipLoss, no penalties": ("open_clip.ClipLoss", {"color": "#7F7F7F", "marker": "D"}),
-    "authors' formula": ("CyCLIP, the authors' formula", {"color": "#0072B2", "marker": "s"}),
-    "CyCLIPLoss(0, 0)": ("CyCLIPLoss(0, 0): CLIP", {"color": "#009E73", "marker": "^"}),
-    "CyCLIPLoss": ("CyCLIPLoss(): CyCLIP", {"color": "#D55E00", "marker": "o"}),
-}
 
 
 def draw_penalties() -> None:
@@ -58,93 +44,33 @@ def draw_penalties() -> None:
     figure.savefig(ROOT / "docs/penalties.png")
 
 
-def draw_cost() -> None:
-    """Seconds and MB of forward and backward over the number of pairs, with 512 features."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), dpi=150, layout="constrained")
-    runs = list(runs_of(RECORD))
-    for loss, (label, style) in LOSSES.items():
-        numbers = {
-            key: y for name, row in runs if name == f"{DEVICE}/{loss}" for key, y in row.items()
-        }
-        for ax, unit, factor in zip(axes, ("ms", "MB"), (1e-3, 1), strict=True):
-            sizes = sorted(
-                int(key.split("x")[0]) for key in numbers if key.endswith(f"x512 {unit}")
-            )
-            values = [factor * numbers[f"{n}x512 {unit}"] for n in sizes]
-            ax.loglog(sizes, values, **style, lw=2, label=label)
-    for ax, name in zip(axes, ("seconds", "peak MB"), strict=True):
-        ax.set(xlabel="pairs in the batch", title=f"Forward and backward: {name}")
-        sizes = (128, 512, 2048, 8192, 32768)
-        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
-        ax.minorticks_off()
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
-        ax.grid(alpha=0.3)
-    axes[1].legend(framealpha=1, edgecolor="white")
-    figure.savefig(ROOT / "docs/cost.png")
-
-
-def draw_differences(file: str, title: str, note: str, rows: list[Row]) -> None:
-    """Draws a row for each setting: the difference of its mean to CLIP's, with the 95% interval."""
-    figure, axes = plt.subplots(figsize=(8.5, 0.35 * len(rows) + 1.4), layout="constrained")
-    for y, (_, values, baseline) in enumerate(rows):
-        if bounds := interval(values, baseline):
-            low, high = (100 * bound for bound in bounds)
-            ahead = None if low <= 0 <= high else low > 0
-            centre = 100 * (mean(values) - mean(baseline))
-            axes.plot([low, high], [y, y], color=COLOURS[ahead], linewidth=2)
-            axes.plot(centre, y, "o", color=COLOURS[ahead])
-        else:
-            axes.plot(0, y, "k|", markersize=12)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("← worse      points, with the 95% interval      better →")
-    figure.supxlabel(f"Grey: no difference to CLIP is shown. {note}", fontsize=9)
-    figure.suptitle(title)
-    figure.savefig(ROOT / file, dpi=110)
-
-
-def first_column(name: str) -> list[Row]:
-    """The rows of a table: title, the values in its first column, and those of the baseline."""
-    return [
-        (title, next(iter(values.values())), next(iter(baseline.values())))
-        for title, values, baseline in compared_rows(SPECS[name])
-    ]
-
-
-def draw_photographs() -> None:
-    """All losses on the photographs of products."""
-    draw_differences(
-        "reference_train/results/photos/differences.png",
-        "Photographs of products: finding the right one of 1,904 titles, and the reverse",
-        "Each row: pairs in a batch, loss, R@10.\nR is reference_batch_size: the penalties are as "
-        "strong as the paper's with 128, a quarter of that with 32.",
-        [
-            (f"{title}: {100 * mean(values):.1f}%", values, baseline)
-            for title, values, baseline in first_column("photos-batches")
-            if values == baseline or interval(values, baseline)
-        ],
-    )
-
-
-def draw_default() -> None:
-    """The default setting in each task of the table of λ."""
-    rows, task = [], ""
-    for title, values, baseline in first_column("lambda"):
+def draw_recommended() -> None:
+    """The recommended settings in each task of the table of λ: differences to CLIP's mean."""
+    tasks, task = [], ""
+    page = (ROOT / "docs/lambda.md").read_text(encoding="utf-8")
+    for title, values, baseline in compared_rows(SPECS["lambda"], page):
         if title.endswith(": CLIP"):
             task = title.removesuffix(": CLIP").removesuffix(", E")
-        if title.endswith("(default)"):
-            rows.append((task, values, baseline))
-    draw_differences(
-        "docs/default.png",
-        "CyCLIPLoss(reference_batch_size=32, lambda_progress=True) against CLIP's loss",
-        "Each row: data, pairs in a batch × steps; R@10, or the accuracy named.",
-        rows,
+        if title.endswith("(recommended)"):
+            metric = next(iter(values))
+            tasks.append((task, interval(values[metric], baseline[metric])))
+    figure, axes = plt.subplots(figsize=(8.5, 0.35 * len(tasks) + 1.4), layout="constrained")
+    for y, (_, (centre, low, high)) in enumerate(tasks):
+        colour = "tab:green" if low > 0 else "tab:red" if high < 0 else "tab:gray"
+        axes.plot([low, high], [y, y], color=colour, linewidth=2)
+        axes.plot(centre, y, "o", color=colour)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(tasks)), [task for task, _ in tasks])
+    axes.invert_yaxis()
+    axes.set_xlabel("← worse      points, with the 95% interval      better →")
+    note = (
+        "Data, pairs in a batch × steps; R@10, or the accuracy named. Grey: no difference is shown."
     )
+    figure.supxlabel(note, fontsize=9)
+    figure.suptitle("reference_batch_size=32, lambda_progress=True against CLIP")
+    figure.savefig(ROOT / "docs/recommended.png", dpi=110)
 
 
 if __name__ == "__main__":
     draw_penalties()
-    draw_cost()
-    draw_photographs()
-    draw_default()
+    draw_recommended()

@@ -16,8 +16,8 @@ The first line is the name. The second line has the records. The third line has 
 first column, and then the other columns, each with its metric (A / B: of runs that have A, and of
 runs that have B). Each further line is a row: its
 title, and the runs, as RECORD/RUN with wildcards. So for a new row add one line, and `make tables`.
-A row has all runs of one setting and build of the code. It is compared with the last row with `*`,
-which must be of the same build. `cell` has the rule.
+A row has all runs of one setting and version of the code. It is compared with the last row with
+`*`. Runs of two commits are compared only if the page names both. `interval` has the rule.
 """
 
 import csv
@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from scipy import stats
 
@@ -35,11 +36,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
 BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
 SPECS = dict(block.split("\n", 1) for block in BLOCKS)
-SETTINGS = ("steps", "batch_size", "loss", "penalty_weight", "seed")  # of a demonstration's run
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
-NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without intervals
-Numbers = dict[str, float]
-Values = dict[str, list[float]]  # of several runs
+SEED = re.compile(r"(\d+)(?:, .*)?$")  # ends the name of a run, if no ", 20 epochs" follows
+# Endings of metrics without intervals. The first is shown × 100.
+NOT_ACCURACIES = ("gap", "modality_gap", "uniformity", "correlation")
+Numbers = dict[str, Any]  # those of a run by metric, and its "commit" if it is known
+Values = dict[str, float]  # those of several runs by seed
+# A row's title, and by metric its values and those that they are compared with.
+Row = tuple[str, dict[str, Values], dict[str, Values]]
 
 
 def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
@@ -51,17 +55,24 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                 title = re.sub(r": \d+ minutes.*", "", block.strip().partition("\n")[0])
                 yield title, {"icons recall": float(found[1]) / 100}
     elif path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
-        if "commit" in rows[0]:  # times and memory of losses
-            yield from costs_of(rows)
-            return
-        for row in rows:
-            title = " ".join(row[x] for x in SETTINGS) if "steps" in row else row["run"]
-            numbers = {name: float(row[name]) for name in row if ": " in name and row[name]}
-            yield title, numbers
+        found: dict[str, Numbers] = {}
+        for row in csv.DictReader(text.splitlines()):
+            if "section" not in row:
+                numbers = {x: float(row[x]) for x in row if ": " in x and row[x]}
+                found[row["run"]] = numbers | {"commit": row.get("commit")}
+            elif row["section"] == "cost" and row["ms"] and not row["ranks"]:
+                # Time and memory of a loss on a device. Later rows replace earlier ones.
+                name, size = (
+                    f"{row['device']}, {row['dtype']}/{row['loss']}",
+                    f"{row['N']}x{row['D']}",
+                )
+                cost = {f"{size} ms": float(row["ms"]), f"{size} MB": float(row["peak MB"])}
+                found[name] = found.get(name, {}) | cost
+        yield from found.items()
     else:
-        for title, measured in json.loads(text)["results"].items():
-            numbers = {}
+        record = json.loads(text)
+        for title, measured in record["results"].items():
+            numbers = {"commit": record["checkpoints"][title].get("commit")}
             for dataset, result in measured.items():
                 for group, values in {"": result["numbers"], **result["groups"]}.items():
                     name = f"{dataset}/{group}".rstrip("/")
@@ -72,54 +83,50 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
             yield title, numbers
 
 
-def costs_of(rows: list[dict[str, str]]) -> Iterator[tuple[str, Numbers]]:
-    """The numbers of each loss on each device. Later rows of a size replace earlier rows."""
-    found: dict[str, Numbers] = {}
-    for row in rows:
-        if row["section"] == "cost" and row["ms"] and not row["ranks"]:
-            numbers = found.setdefault(f"{row['device']}, {row['dtype']}/{row['loss']}", {})
-            for column, unit in (("ms", "ms"), ("peak MB", "MB")):
-                numbers[f"{row['N']}x{row['D']} {unit}"] = float(row[column])
-    yield from found.items()
-
-
-def cell(values: list[float], metric: str, baseline: list[float]) -> str:
+def cell(values: Values, metric: str, baseline: Values) -> str:
     """A cell of a table: the mean, and what `compare` says about an accuracy."""
     if not values:
         return "–"
     if metric.endswith(("ms", "MB")):
-        (value,), unit = values, metric.rpartition(" ")[2]
+        (value,), unit = values.values(), metric.rpartition(" ")[2]
         value, unit = (value / 1000, "s") if unit == "ms" and value >= 1000 else (value, unit)
         return f"{float(f'{value:.3g}'):,g} {unit}"
     factor, digits = (1, 2) if metric.endswith(NOT_ACCURACIES[1:]) else (100, 1)
-    text = f"{factor * mean(values):.{digits}f}"
+    text = f"{factor * mean(values.values()):.{digits}f}"
     if not metric.endswith(NOT_ACCURACIES):
         text += compare(values, baseline)
     return text.replace("-", "−")
 
 
-def interval(values: list[float], baseline: list[float]) -> tuple[float, float] | None:
-    """The 95% interval (Welch) of the difference of two means; None for fewer than three runs."""
-    if min(len(values), len(baseline)) < 3 or values == baseline:
+def interval(values: Values, baseline: Values) -> tuple[float, float, float] | None:
+    """The difference of two means and its 95% interval, in points.
+
+    Runs of one seed share pairs, order and crops. So with three common seeds or more, it is the
+    mean of the differences of each seed, and the interval is that of a paired t-test. Without
+    common seeds it is Welch's, with three runs of each or more. Else None.
+    """
+    common = sorted(values.keys() & baseline.keys())
+    if values == baseline or min(len(values), len(baseline)) < 3 or 0 < len(common) < 3:
         return None
-    found = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
-    return float(found.low), float(found.high)
+    x, y = ([runs[seed] for seed in common or runs] for runs in (values, baseline))
+    test = stats.ttest_rel(x, y) if common else stats.ttest_ind(x, y, equal_var=False)
+    found = test.confidence_interval()
+    return 100 * (mean(x) - mean(y)), 100 * float(found.low), 100 * float(found.high)
 
 
-def compare(values: list[float], baseline: list[float]) -> str:
+def compare(values: Values, baseline: Values) -> str:
     """The difference of two means with its interval, in points, and its mark.
 
     ▲ or ▼: the interval excludes 0. Without a mark no difference is shown.
     """
-    if not (bounds := interval(values, baseline)):
+    if not (found := interval(values, baseline)):
         return ""
-    low, high = (100 * bound for bound in bounds)
-    difference = 100 * (mean(values) - mean(baseline))
+    difference, low, high = found
     return f", {difference:+.1f} ({low:.1f} to {high:.1f})" + " ▲" * (low > 0) + " ▼" * (high < 0)
 
 
-def compared_rows(spec: str) -> Iterator[tuple[str, Values, Values]]:
-    """The title of each row of a table, and its numbers and its baseline's by metric."""
+def compared_rows(spec: str, page: str = "") -> Iterator[Row]:
+    """The rows of a table. page: its whole text, which names the commits if there are two."""
     records, heading, *lines = spec.splitlines()
     folder, _, names = records.partition(": ")
     runs = [
@@ -128,38 +135,50 @@ def compared_rows(spec: str) -> Iterator[tuple[str, Values, Values]]:
         for title, numbers in runs_of(ROOT / folder / name)
     ]
     metrics = [column.rsplit(" = ", 1)[1] for column in heading.split(" | ")[1:]]
-    baseline: Values = {}
+    baseline: tuple[dict[str, Values], set[str]] = {}, set()
     for line in lines:
         title, _, patterns = line.removeprefix("* ").rpartition(" = ")
         shown = [
-            numbers
+            ("".join(SEED.findall(run)), numbers)
             for run, numbers in runs
             if any(fnmatchcase(run, pattern) for pattern in patterns.split("; "))
         ]
         if not shown:
             raise SystemExit(f"no run {patterns}")
-        values = {
-            metric: [run[name] for run in shown for name in metric.split(" / ") if name in run]
-            for metric in metrics
-        }
-        baseline = values if line.startswith("* ") else baseline
-        yield title, values, baseline
+        values: dict[str, Values] = {metric: {} for metric in metrics}
+        commits = {numbers.get("commit") or "no commit" for _, numbers in shown}
+        for seed, numbers in shown:
+            for metric, found in values.items():
+                for name in metric.split(" / "):
+                    if name in numbers and found.setdefault(seed, numbers[name]) != numbers[name]:
+                        raise SystemExit(f"{title}: two runs have the seed {seed}")
+        if line.startswith("* "):
+            baseline = values, commits
+        compared = commits | baseline[1]
+        if len(compared) > 1 and any(commit[:7] not in page for commit in compared):
+            raise SystemExit(f"{title}: the page does not say that it compares {sorted(compared)}")
+        yield title, values, baseline[0]
 
 
-def table(spec: str) -> str:
-    """The table that a block of tables.txt describes, without its name."""
+def table(spec: str, page: str = "") -> str:
+    """The table that a block of tables.txt describes, without its name. page: its whole text."""
     first, *columns = spec.splitlines()[1].split(" | ")
     titles = [column.rsplit(" = ", 1)[0] for column in columns]
     rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
-    for title, values, baseline in compared_rows(spec):
+    for title, values, baseline in compared_rows(spec, page):
         cells = [
             str(max(map(len, values.values())))
             if name == "runs"
-            else cell(values[name], name, baseline.get(name, []))
+            else cell(values[name], name, baseline.get(name, {}))
             for name in values
         ]
         rows.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join(rows)
+
+
+def with_tables(page: str) -> str:
+    """The text of a page with the tables of the records."""
+    return TABLE.sub(lambda match: f"{match[1]} -->\n\n{table(SPECS[match[1]], page)}\n", page)
 
 
 def stale(write: bool) -> list[str]:
@@ -167,8 +186,7 @@ def stale(write: bool) -> list[str]:
     found = []
     for path in sorted(path for page in PAGES for path in ROOT.glob(page)):
         text = path.read_text(encoding="utf-8")
-        new = TABLE.sub(lambda match: f"{match[1]} -->\n\n{table(SPECS[match[1]])}\n", text)
-        if new != text:
+        if (new := with_tables(text)) != text:
             found.append(path.relative_to(ROOT).as_posix())
             if write:
                 path.write_text(new, encoding="utf-8")

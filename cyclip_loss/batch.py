@@ -100,6 +100,7 @@ class Plan(NamedTuple):
     engine: str
     # Whether backward may use forward's exponentials: by the eager engine on a CPU, not in a ring.
     shares_exponentials: bool
+    kept_exponentials: int  # forward keeps those of at most so many logits
     strategy: str  # how columns reach the rows of other ranks, a name in `ranks.exchange`
     output_dict: bool  # whether the terms are returned one by one
     with_cross: bool  # whether the penalties need the Gram matrix C

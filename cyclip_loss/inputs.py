@@ -70,12 +70,17 @@ def prepare(
     if ids is None and same_ids == "positives":
         raise ValueError("same_ids='positives' needs ids, got None")
     comparisons = [Comparison("text_features", images, texts, ids, ids, True, ranks)]
-    sources = {
-        "negative_text": images,
-        "negative_image": texts,
-        "augmented_image": images,
-        "augmented_text": texts,
-    }
+    others = {name: value for name, value in others.items() if value is not None}
+    sources = (
+        {}
+        if not others
+        else {
+            "negative_text": images,
+            "negative_image": texts,
+            "augmented_image": images,
+            "augmented_text": texts,
+        }
+    )
     for name, rows in sources.items():
         features, has_pairs = others.get(f"{name}_features"), name.startswith("augmented")
         column_ids = ids if has_pairs else others.get(f"{name}_ids")
@@ -240,17 +245,15 @@ def check_features(
     if autocast and autocast_is_on(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
-    shapes: Any = tuple(first.shape), tuple(second.shape)
-    if not paired:
-        shapes = first.shape[1], second.shape[1]
-    compared: list[tuple[str, type[Exception], Any, Any]] = [
-        ("shape" if paired else "D", ValueError, *shapes),
-        ("device", ValueError, first.device, second.device),
-        ("dtype", TypeError, first.dtype, second.dtype),
-    ]
-    for what, error, a, b in compared:
-        if a != b:
-            raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
+    must = f"{names[0]} and {names[1]} must have the same"
+    if paired and first.shape != second.shape:
+        raise ValueError(f"{must} shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"{must} D, got {first.shape[1]} and {second.shape[1]}")
+    if first.device != second.device:
+        raise ValueError(f"{must} device, got {first.device} and {second.device}")
+    if first.dtype != second.dtype:
+        raise TypeError(f"{must} dtype, got {first.dtype} and {second.dtype}")
     return first, second
 
 

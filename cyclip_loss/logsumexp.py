@@ -48,7 +48,7 @@ def contrastive_logsumexp(
     (softplus(row_negatives - pair_logits) + softplus(column_negatives - pair_logits)) / 2.
 
     The upstream gradients of all log-sum-exps must have one sign: except in small batches (up to
-    N = 1.5 D, in one process, computed by PyTorch), gradients are NaN if some are positive and
+    N = D, in one process, computed by PyTorch), gradients are NaN if some are positive and
     others negative, and second derivatives are an error. A zero upstream gradient contributes
     exactly zero.
 

@@ -27,7 +27,8 @@ class CyCLIPLoss(ContrastiveModule):
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
     A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N D): beyond
-    N = 1.5 D the logits are computed in blocks of bounded size. The penalties cost O(N D^2).
+    N = D the logits are computed in blocks of bounded size. (On a CPU, those of at most 2^24 logits
+    are kept, 64 MB.) The penalties cost O(N D^2).
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.

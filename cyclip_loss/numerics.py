@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of one strip. On CPU 2^22 float32 are 16 MB: strips of 512 rows at N = 8,192, tall enough
-# for the full speed of the matrix products (256 rows or fewer cost up to a quarter more there).
-# Other devices need 2^26 elements to be busy.
-STRIP_ELEMENTS = {"cpu": 2**22}
+# Elements of one strip. On a CPU, 2^18 float32 are 1 MB, which stays in a core's cache between the
+# steps that exponentials take. Other devices need 2^26 elements to be busy.
+STRIP_ELEMENTS = {"cpu": 2**18}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
-# With fewer rows a matrix product is not efficient, however wide the strip. Up to 512 rows may take
-# twice the elements.
-MIN_STRIP_ROWS, FULL_SPEED_ROWS = 64, 512
+# With fewer rows a matrix product is not efficient, however wide the strip. Up to 256 rows may take
+# 2^23 elements.
+MIN_STRIP_ROWS, FULL_SPEED_ROWS, FULL_SPEED_ELEMENTS = 64, 256, 2**23
 
 # Tile sizes depend on the largest power of two, at most this, that divides D.
 MAX_DIVISOR = 128
@@ -71,7 +70,7 @@ def is_capturing(features: Tensor) -> bool:
 def rows_per_strip(row_length: int, device: torch.device) -> int:
     """The number of rows, of `row_length` elements each, in one strip."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)
-    fast = min(FULL_SPEED_ROWS, 2 * elements // row_length)
+    fast = min(FULL_SPEED_ROWS, FULL_SPEED_ELEMENTS // row_length)
     return max(MIN_STRIP_ROWS, elements // row_length, fast)
 
 

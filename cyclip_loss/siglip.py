@@ -39,7 +39,7 @@ class CySigLIPLoss(ContrastiveModule):
 
     with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. A drop-in
     for `open_clip.SigLipLoss`: call it with the same arguments. With both weights 0, the default,
-    it is SigLIP's loss. Beyond N = 1.5 D no N x N matrix is built: forward computes the loss and
+    it is SigLIP's loss. Beyond N = D no N x N matrix is built: forward computes the loss and
     all gradients in one sweep (6 N^2 D flops), and backward multiplies them by the upstream
     gradient. If the loss is not differentiated after all, nothing but time is lost.
 

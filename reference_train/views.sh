@@ -19,7 +19,6 @@ demonstration() { # FOLDER [FLAGS]
 demonstration time --steps 1178 --loss cyclip clip c-cyclip
 demonstration views --loss clip-views cyclip-views c-cyclip-views i-cyclip-views geometric
 demonstration pairs --loss clip cyclip c-cyclip i-cyclip
-python -m reference_train report "$out/pairs" "$out/views" "$out/time" --out "$out/short"
 demonstration default --loss clip cyclip --lambda 0.03125 --lambda-progress
 demonstration long --preset long --loss clip-views cyclip-views c-cyclip-views
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cyclip_loss import inputs, numerics, usage_warnings
-from cyclip_loss.terms import contrastive
+from cyclip_loss import inputs, numerics, plan, usage_warnings
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -70,7 +69,8 @@ def _set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    monkeypatch.setattr(contrastive, "KEPT_ELEMENTS", 2**10)
+    monkeypatch.setattr(numerics, "FULL_SPEED_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", 2**10)
     if HAS_TRITON:
         set_small_blocks(monkeypatch)
         # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.

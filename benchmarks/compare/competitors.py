@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn import functional as F
 
 from benchmarks.compare.plan import LOGIT_SCALE
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
@@ -26,11 +26,29 @@ OUR_COMPILED = "CyCLIPLoss, torch.compile"
 AUTHORS = "authors' formula"
 COMPILED = "authors' formula, torch.compile"
 OUR_CLIP = "CyCLIPLoss(0, 0)"
+DENSE_CLIP = "dense CLIP loss"
+COMPILED_CLIP = "dense CLIP loss, torch.compile"
+OUR_SIGLIP = "CySigLIPLoss"
+DENSE_SIGLIP = "dense SigLIP loss"
 OPEN_CLIP = "open_clip.ClipLoss, no penalties"
 
 
 def _cyclip(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
     return torch.stack([*reference.cyclip_loss(image, text, scale, **extra).values()]).sum()
+
+
+def dense_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's loss with one product, as OpenAI's and Hugging Face's code has it."""
+    logits = scale * image @ text.T
+    targets = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def dense_siglip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, algorithm 1)."""
+    logits = scale * image @ text.T + SIGLIP_BIAS
+    labels = 2 * torch.eye(len(image), device=image.device) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(image)
 
 
 def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -48,10 +66,17 @@ def dense_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return reference.one_way_loss(scale * image @ text.T)
 
 
+def chunked_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE from images to texts only, by PyTorch's linear cross-entropy in chunks."""
+    targets = torch.arange(len(image), device=image.device)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(scale * image, text, targets, options=options)
+
+
 def our_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """InfoNCE from images to texts only, from the rows' log-sum-exps."""
     row_negatives, _, pair_logits = contrastive_logsumexp(image, text, scale, one_way=True)
-    return softplus(row_negatives - pair_logits).mean()
+    return F.softplus(row_negatives - pair_logits).mean()
 
 
 def with_ids(loss: Callable[..., Tensor], **options: Any) -> Loss:
@@ -126,12 +151,12 @@ def authors_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     scale.
     """
     logits = scale * image @ text.T
-    targets = torch.arange(len(image), device=image.device)
-    image_to_text, text_to_image = (cross_entropy(x, targets) for x in (logits, logits.T))
     difference = scale * image @ image.T - scale * text @ text.T
     inmodal = difference.square().mean() / scale.square() * len(image)
     crossmodal = (logits - logits.T).square().mean() / scale.square() * len(image)
-    return (image_to_text + text_to_image) / 2 + 0.25 * (inmodal + crossmodal)
+    targets = torch.arange(len(image), device=image.device)
+    clip = F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)
+    return clip / 2 + 0.25 * (inmodal + crossmodal)
 
 
 def our_penalties() -> Loss:
@@ -189,23 +214,28 @@ def siglip_kernel_loss() -> Loss:
 SHORT = 16384  # the largest N of losses that take long, and of those that are compared with them
 # torch.compile, as users call it: code for the first size, and at the second size code for all
 # others. Our dense and our streamed form have a graph each.
-COMPETITORS = (
+COMPETITORS: tuple[Competitor, ...] = (
     Competitor(OURS, CyCLIPLoss),
     Competitor("CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
     Competitor(OUR_COMPILED, lambda: torch.compile(CyCLIPLoss()), up_to=SHORT),
     Competitor(AUTHORS, lambda: authors_formula),
     Competitor(COMPILED, lambda: torch.compile(authors_formula)),
     Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),
+    Competitor(f"{OUR_CLIP}, torch.compile", lambda: torch.compile(CyCLIPLoss(0, 0)), CLIP),
+    Competitor(DENSE_CLIP, lambda: dense_clip, CLIP),
+    Competitor(COMPILED_CLIP, lambda: torch.compile(dense_clip), CLIP),
     Competitor(OPEN_CLIP, lambda: open_clip_loss("ClipLoss"), CLIP),
     Competitor("memeff, no penalties, fixed scale", memeff_loss, CLIP, cuda_only=True),
     Competitor("inf-cl, no penalties", inf_cl_loss, CLIP, cuda_only=True),
-    Competitor("CySigLIPLoss", lambda: with_bias(CySigLIPLoss()), SIGLIP),
+    Competitor(OUR_SIGLIP, lambda: with_bias(CySigLIPLoss()), SIGLIP),
     Competitor(
         "CySigLIPLoss, penalties",
         lambda: with_bias(CySigLIPLoss(0.25, 0.25)),
         SIGLIP_WITH_PENALTIES,
         up_to=SHORT,
     ),
+    Competitor(DENSE_SIGLIP, lambda: dense_siglip, SIGLIP),
+    Competitor(f"{DENSE_SIGLIP}, torch.compile", lambda: torch.compile(dense_siglip), SIGLIP),
     Competitor("open_clip.SigLipLoss", lambda: with_bias(open_clip_loss("SigLipLoss")), SIGLIP),
     Competitor("siglip-kernel", siglip_kernel_loss, SIGLIP, cuda_only=True),
     Competitor("CyclicPenalty", our_penalties, PENALTIES, up_to=SHORT),
@@ -228,9 +258,12 @@ COMPETITORS = (
         up_to=SHORT,
     ),
 )
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since PyTorch 2.13
+    chunked = Competitor("F.linear_cross_entropy", lambda: chunked_one_way, ONE_WAY, up_to=SHORT)
+    COMPETITORS += (chunked,)
 NAMES = {competitor.name for competitor in COMPETITORS}
 # What a loss of the user's is compared with.
-BESIDE_YOURS = (OURS, OUR_CLIP, OPEN_CLIP, AUTHORS, "CySigLIPLoss", "open_clip.SigLipLoss")
+BESIDE_YOURS = (OURS, OUR_CLIP, DENSE_CLIP, AUTHORS, OUR_SIGLIP, DENSE_SIGLIP)
 
 
 def competitors(users: Sequence[str] = ()) -> list[Competitor]:

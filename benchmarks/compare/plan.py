@@ -33,7 +33,7 @@ class Plan:
 # The paper's batch size is 128.
 CPU = Plan(
     dtypes=("float32",),
-    sizes=(*((n, 512) for n in (128, 256, 512, 1024, 2048, 8192, 32768)), (2048, 1024)),
+    sizes=(*((2**k, 512) for k in range(7, 15)), (2048, 1024)),
     timed_up_to=8192,
     error_size=(2048, 512),
 )

@@ -1,6 +1,8 @@
 """Shows the rows of a side-by-side run: tables with a line for each loss, and a figure."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,14 +12,16 @@ from benchmarks.run import OK, Row, Section, format_number, table
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 
-# Colours that colour-blind readers tell apart, and markers.
-STYLES = {
-    names.OURS: "C1o-",
-    names.OUR_COMPILED: "C8P-",
-    names.AUTHORS: "C0s-",
-    names.COMPILED: "C2^-",
-    names.OPEN_CLIP: "C7D-",
-}
+# What is drawn: the loss, what it is compared with, and its colour, which colour-blind readers tell
+# apart.
+DRAWN = (
+    (names.AUTHORS, names.DENSE_CLIP, "#0072B2"),
+    (names.OPEN_CLIP, names.DENSE_CLIP, "#7F7F7F"),
+    (names.COMPILED_CLIP, names.DENSE_CLIP, "#CC79A7"),
+    (names.OURS, names.DENSE_CLIP, "#D55E00"),
+    (names.OUR_CLIP, names.DENSE_CLIP, "#009E73"),
+    (names.OUR_SIGLIP, names.DENSE_SIGLIP, "#E69F00"),
+)
 SUMMARY = {
     # column of the rows: the table's title, and whether it shows ratios
     "ms": ("Forward and backward, ms", True),
@@ -62,24 +66,44 @@ def case(row: Row) -> str:
 
 
 def draw(rows: list[Row], device: str, file: Path) -> None:
-    """Draw time and memory over N, relative to ours, at the first row's D and dtype: a PNG file."""
+    """Draw a PNG: time and memory over N, relative to dense losses, at the first D and dtype."""
     rows = [row for row in rows if (row["D"], row["dtype"]) == (rows[0]["D"], rows[0]["dtype"])]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=150, layout="constrained")
-    figure.suptitle(f"Forward and backward pass, D = {rows[0]['D']:,}, {device}")
-    users = [row["loss"] for row in rows if row["loss"] not in names.NAMES]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, layout="constrained")
+    figure.suptitle(
+        f"Forward and backward pass, D = {rows[0]['D']:,}, {rows[0]['dtype']}, {device}\n"
+        "relative to the dense loss with one product (SigLIP's to the dense SigLIP loss)"
+    )
+    users = [(x, names.DENSE_CLIP, "k") for x in {row["loss"] for row in rows} - names.NAMES]
+    sizes = sorted({row["N"] for row in rows})
     for ax, column, title in zip(axes, ("ms", "peak MB"), ("Time", "Peak memory"), strict=True):
-        ours = {row["N"]: row[column] for row in rows if row["loss"] == names.OURS and "ms" in row}
-        for loss, style in (dict.fromkeys(users, "k*-") | STYLES).items():
-            points = {r["N"]: r[column] for r in rows if r["loss"] == loss and "ms" in r}
-            sizes = sorted(ours.keys() & points)
-            ax.loglog(sizes, [points[n] / ours[n] for n in sizes], style, lw=2, label=loss)
-        ax.set(xlabel="N, pairs in the batch", title=f"{title} relative to {names.OURS}")
+        found = {(row["loss"], row["N"]): row[column] for row in rows if "ms" in row}
+        ends = []
+        for loss, base, colour in (*DRAWN, *users):
+            points = [
+                (n, found[loss, n] / found[base, n])
+                for n in sizes
+                if (loss, n) in found and (base, n) in found
+            ]
+            if points:
+                ax.loglog(*zip(*points, strict=True), "o-", color=colour, lw=2, ms=4)
+                ends.append((math.log2(points[-1][1]), loss.split(", no")[0], colour))
+        label_ends(ax, sorted(ends))
+        ax.axhline(1, color="black", lw=1)
+        ax.set(xlabel="N, pairs in the batch", title=title)
         ax.grid(alpha=0.3)
-        ax.set_xticks(list(ours), [f"{n:,}" for n in ours])
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=30)
         ax.minorticks_off()
-        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}×")
-        ax.margins(y=0.35)  # room for the legend
-        ax.legend(framealpha=1, edgecolor="white", fontsize="small")
     figure.savefig(file)
     plt.close(figure)
+
+
+def label_ends(ax: Any, ends: list[tuple[float, str, str]]) -> None:
+    """Write names at the right ends of lines, far enough apart. ends: log2 y, name, colour."""
+    low, high = map(math.log2, ax.get_ylim())
+    place = -math.inf
+    for y, name, colour in ends:
+        place = max(y, place + (high - low) / 14)
+        at = {"xy": (1.01, 2**place), "xycoords": ax.get_yaxis_transform()}
+        ax.annotate(name, **at, color=colour, va="center", fontsize="small", annotation_clip=False)

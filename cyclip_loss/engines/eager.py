@@ -39,39 +39,34 @@ def _columns_to_multiply(logits: Logits) -> Tensor:
     return logits.column_features.to(accumulation_dtype(features.dtype))
 
 
-def _strip_height(logits: Logits) -> int:
-    """The number of rows in all strips but the last."""
-    columns = logits.column_features
-    return min(len(logits.row_features), rows_per_strip(len(columns), columns.device))
-
-
 def _buffer(logits: Logits) -> Tensor:
-    """Uninitialised memory for a strip of logits."""
-    shape = _strip_height(logits), len(logits.column_features)
-    return logits.logit_scale.new_empty(shape)
+    """Uninitialised memory for one strip of logits."""
+    m = len(logits.column_features)
+    height = min(len(logits.row_features), rows_per_strip(m, logits.row_features.device))
+    return logits.logit_scale.new_empty(height, m)
 
 
 def _logit_strips(
-    logits: Logits, column_features: Tensor, memory: Tensor | None = None
+    logits: Logits, column_features: Tensor, memory: Tensor, is_computed: bool = False
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each strip: its first row, its end, its row features and its logits.
+    """For each strip: its first row, its end, its row features and its logits in `memory`.
 
-    The caller may overwrite the logits. column_features: the result of `_columns_to_multiply`, to
-    whose dtype the row features are cast. memory: for all logits (n, m). Without it, the next strip
-    overwrites the logits.
+    column_features: the result of `_columns_to_multiply`, to whose dtype the row features are cast.
+    memory: for all logits, or for one strip, which the next one overwrites. is_computed: whether
+    all logits, or what took their place, are there already.
     """
     dtype = accumulation_dtype(column_features.dtype)
     options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
     # Scaling the smaller factor takes n * D multiplications instead of n * m. But off the CPU the
     # product may be in tf32, which holds 16-bit features exactly, but not s * I.
     scales_rows = column_features.dtype == dtype and column_features.is_cpu
-    buffer = _buffer(logits) if memory is None else memory
-    for start, stop in strips(len(logits.row_features), _strip_height(logits)):
-        strip = buffer[: stop - start] if memory is None else memory[start:stop]
+    n, m = len(logits.row_features), len(column_features)
+    for start, stop in strips(n, rows_per_strip(m, column_features.device)):
+        strip = memory[start:stop] if len(memory) == n else memory[: stop - start]
         strip_features = logits.row_features[start:stop].to(column_features.dtype)
-        if scales_rows:
+        if scales_rows and not is_computed:
             torch.mm(strip_features * logits.logit_scale, column_features.T, out=strip)
-        else:
+        elif not is_computed:
             torch.mm(strip_features, column_features.T, out=strip, **options)
             strip.mul_(logits.logit_scale)
         yield start, stop, strip_features, strip
@@ -84,15 +79,24 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     return diagonal, slice(start + rows.start, start + rows.stop)
 
 
-def _negatives(
-    logits: Logits, column_features: Tensor, pair_logits: Tensor, memory: Tensor | None = None
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """As `_logit_strips`, with row maxima (rows, 1) in the place of row features.
+def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> LogSumExps:
+    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
-    What is no negative is -inf. The pairs' logits are written to `pair_logits`.
+    With `shared`, which is filled for backward, one exponential of each logit serves both. With
+    E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
+    w_i = exp(m_i - max m). Each w_i E_ij may lose 3 * tiny, the smallest normal number, where a
+    factor or the product underflows: a column 3 n * tiny. In a sum of 4 n * tiny / eps or more,
+    that is less than its rounding. If a sum is smaller (e^-61 of the largest possible one for
+    n = 4,096 in float32), columns get exponentials of their own, and `shared.row_max` is NaN.
     """
+    column_features = _columns_to_multiply(logits)
+    n, m = len(logits.row_features), len(column_features)
+    zeros, limits = logits.logit_scale.new_zeros, torch.finfo(logits.logit_scale.dtype)
+    pair_logits, row_lse, column_sum = zeros(n), zeros(n), zeros(m * logits.symmetric)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
-    lowest = torch.finfo(pair_logits.dtype).min
+    column_max = torch.full_like(column_sum, limits.min)
+    memory = shared.values if shared is not None else zeros(0)
+    memory = memory if memory.numel() else _buffer(logits)
     for start, stop, _, strip in _logit_strips(logits, column_features, memory):
         strip_pair_logits, paired_rows = _pairs(strip, start, logits)
         # NaN instead of an infinite logit, which would look perfectly matched.
@@ -101,70 +105,29 @@ def _negatives(
         same = logits.same_ids(start, stop)
         if same is not None:
             strip.masked_fill_(same, -torch.inf)
-        yield start, stop, strip.amax(dim=1, keepdim=True).clamp_(min=lowest), strip
-
-
-def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> LogSumExps:
-    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
-
-    shared: for backward, filled here. Columns then have no exponentials of their own.
-    """
-    if shared is not None and (found := _shared_lse(logits, shared)):
-        return found
-    column_features = _columns_to_multiply(logits)
-    lse, pair_logits = _new_lse(logits)
-    row_lse, column_sum = lse.tensor_split((len(pair_logits),))
-    column_max = torch.full_like(column_sum, torch.finfo(lse.dtype).min)
-    buffer = _buffer(logits)
-    for start, stop, row_max, strip in _negatives(logits, column_features, pair_logits):
-        exps = torch.sub(strip, row_max, out=buffer[: stop - start]).exp_()
-        row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
+        row_max = strip.amax(dim=1).clamp_(min=limits.min)
+        if shared is None:
+            exps = (strip - row_max[:, None]).exp_()
+        else:
+            exps = strip.sub_(row_max[:, None]).exp_()
+            shared.row_max[start:stop] = row_max
+        row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max)
         if logits.symmetric:
-            new_max = torch.maximum(column_max, strip.amax(dim=0))
+            largest = strip.amax(dim=0) if shared is None else row_max.max()
+            new_max = torch.maximum(column_max, largest)
             column_sum.mul_(column_max.sub_(new_max).exp_())
-            column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
+            if shared is None:
+                column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
+            else:
+                column_sum.addmv_(exps.T, row_max.sub(new_max[0]).exp_())
             column_max = new_max
-    column_sum.log_().add_(column_max)
-    return LogSumExps(lse, pair_logits)
-
-
-def _shared_lse(logits: Logits, shared: SharedExponentials) -> LogSumExps | None:
-    """As `contrastive_lse`, with one exponential of each logit, E_ij = exp(l_ij - m_i).
-
-        row sums: sum_j E_ij        column sums: sum_i w_i E_ij, with w_i = exp(m_i - max m)
-
-    None, and NaN in `shared.row_max`, if that is not exact for a column. Each w_i E_ij may lose
-    3 * tiny, the smallest normal number, where a factor or the product underflows: 3 n * tiny in a
-    sum. In a sum of 4 n * tiny / eps or more, that is less than its rounding. A smaller sum, which
-    is e^-61 of the largest possible one at n = 4,096 in float32, has to have its own maximum.
-    """
-    column_features = _columns_to_multiply(logits)
-    lse, pair_logits = _new_lse(logits)
-    row_lse, column_sum = lse.tensor_split((len(pair_logits),))
-    limits = torch.finfo(lse.dtype)
-    top = lse.new_full((), limits.min)
-    memory = shared.values if shared.values.numel() else None
-    for start, stop, row_max, strip in _negatives(logits, column_features, pair_logits, memory):
-        strip.sub_(row_max).exp_()
-        row_max = row_max[:, 0]
-        shared.row_max[start:stop] = row_max
-        row_lse[start:stop] = strip.sum(dim=1).log_().add_(row_max)
-        if logits.symmetric:
-            new_top = torch.maximum(top, row_max.max())
-            column_sum.mul_(top.sub_(new_top).exp_()).addmv_(strip.T, row_max.sub(new_top).exp_())
-            top = new_top
-    if logits.symmetric:
-        if not column_sum.min() >= 4 * len(row_lse) * limits.tiny / limits.eps:
-            shared.row_max.fill_(torch.nan)
-            return None
-        column_sum.log_().add_(top)
-    return LogSumExps(lse, pair_logits)
-
-
-def _new_lse(logits: Logits) -> tuple[Tensor, Tensor]:
-    """Zeros for the fields of `LogSumExps`."""
-    n, zeros = len(logits.row_features), logits.logit_scale.new_zeros
-    return zeros(n + len(logits.column_features) * logits.symmetric), zeros(n)
+    smallest = 4 * n * limits.tiny / limits.eps
+    # Written with `not`, so that NaN counts as too small.
+    if shared is not None and logits.symmetric and not column_sum.min() >= smallest:
+        shared.row_max.fill_(torch.nan)
+        return contrastive_lse(logits)
+    column_lse = column_sum.log_().add_(column_max)
+    return LogSumExps(torch.cat((row_lse, column_lse)), pair_logits)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -198,7 +161,36 @@ def contrastive_grads(
     grad_dtype = accumulation_dtype(features.dtype) if float32_grads else features.dtype
     products = _Products(logits, column_features, saved.unit, needs, grad_dtype)
     pair_gradient = saved.pair_gradient / saved.unit
-    for start, stop, strip_features, gradient in _softmaxes(logits, column_features, saved, shared):
+    row_lse, column_lse = saved.row_lse[:, None], saved.column_lse
+    if shared is not None:
+        row_max = shared.row_max[:, None]
+        top = row_max.max()
+        # False if it is NaN, because the exponentials are not shared after all.
+        largest = top - (column_lse.min() if logits.symmetric else top)
+        if not largest < math.log(torch.finfo(top.dtype).max) - 1:
+            shared = None
+    is_kept, buffer, memory = False, _buffer(logits), _buffer(logits)
+    if shared is not None:
+        # exp(l_ij - r_i) + exp(l_ij - c_j) = E_ij (exp(m_i - r_i) + exp(m_i - t) exp(t - c_j))
+        row_weights, top_weights = (row_max - row_lse).exp_(), (row_max - top).exp_()
+        column_weights = (top - column_lse).exp_()
+        is_kept = shared.values.numel() > 0
+        memory = shared.values if is_kept else memory
+    for start, stop, strip_features, strip in _logit_strips(
+        logits, column_features, memory, is_kept
+    ):
+        gradient = buffer[: stop - start]
+        if shared is None:
+            torch.sub(strip, row_lse[start:stop], out=gradient).exp_()
+            if logits.symmetric:
+                gradient.add_(strip.sub_(column_lse).exp_())
+        else:
+            exps = strip if is_kept else strip.sub_(row_max[start:stop]).exp_()
+            if logits.symmetric:
+                torch.mul(top_weights[start:stop], column_weights, out=gradient)
+                gradient.add_(row_weights[start:stop]).mul_(exps)
+            else:
+                torch.mul(exps, row_weights[start:stop], out=gradient)
         same = logits.same_ids(start, stop)
         if same is not None:
             gradient.masked_fill_(same, 0.0)
@@ -206,61 +198,6 @@ def contrastive_grads(
         pair_elements.copy_(pair_gradient[paired_rows])
         products.add(start, stop, strip_features, gradient)
     return products.gradients()
-
-
-def _softmaxes(
-    logits: Logits,
-    column_features: Tensor,
-    saved: SavedStatistics,
-    shared: SharedExponentials | None,
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """As `_logit_strips`, with exp(l_ij - r_i) + exp(l_ij - c_j) in the place of the logits.
-
-    With E_ij = exp(l_ij - m_i) of `shared` and t = max m, that is
-    E_ij (exp(m_i - r_i) + exp(m_i - t) exp(t - c_j)).
-    """
-    buffer = _buffer(logits)
-    row_lse, column_lse = saved.row_lse[:, None], saved.column_lse
-    if shared is None or not _is_usable(shared.row_max, column_lse):
-        for start, stop, strip_features, strip in _logit_strips(logits, column_features):
-            gradient = torch.sub(strip, row_lse[start:stop], out=buffer[: stop - start]).exp_()
-            if logits.symmetric:
-                gradient.add_(strip.sub_(column_lse).exp_())
-            yield start, stop, strip_features, gradient
-        return
-    row_max = shared.row_max[:, None]
-    top = row_max.max()
-    row_weights, top_weights = (row_max - row_lse).exp_(), (row_max - top).exp_()
-    column_weights = (top - column_lse).exp_()
-    for start, stop, strip_features, exps in _exponentials(logits, column_features, shared):
-        gradient = buffer[: stop - start]
-        if logits.symmetric:
-            torch.mul(top_weights[start:stop], column_weights, out=gradient)
-            gradient.add_(row_weights[start:stop]).mul_(exps)
-        else:
-            torch.mul(exps, row_weights[start:stop], out=gradient)
-        yield start, stop, strip_features, gradient
-
-
-def _is_usable(row_max: Tensor, column_lse: Tensor) -> bool:
-    """Whether the shared exponentials are exact, and their factors do not overflow."""
-    top = row_max.max()
-    largest = top - (column_lse.min() if len(column_lse) else top)
-    return bool(largest < math.log(torch.finfo(row_max.dtype).max) - 1)  # False if it is NaN
-
-
-def _exponentials(
-    logits: Logits, column_features: Tensor, shared: SharedExponentials
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """As `_logit_strips`, with the shared exponentials in the place of the logits."""
-    if shared.values.numel() == 0:
-        for start, stop, strip_features, strip in _logit_strips(logits, column_features):
-            strip.sub_(shared.row_max[start:stop, None]).exp_()
-            yield start, stop, strip_features, strip
-        return
-    for start, stop in strips(len(shared.values), _strip_height(logits)):
-        strip_features = logits.row_features[start:stop].to(column_features.dtype)
-        yield start, stop, strip_features, shared.values[start:stop]
 
 
 class _Products:
@@ -355,8 +292,8 @@ def elementwise_terms(
     products = _Products(logits, column_features, factor, needs, scale.dtype)
     sums = scale.new_zeros(2)
     loss, g_sum = sums
-    buffer = _buffer(logits)
-    for start, stop, strip_features, strip in _logit_strips(logits, column_features):
+    buffer, memory = _buffer(logits), _buffer(logits)
+    for start, stop, strip_features, strip in _logit_strips(logits, column_features, memory):
         strip.add_(logit_bias)
         pairs = _pairs(strip, start, logits)[0]
         pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
@@ -428,7 +365,7 @@ def cyclic_grads(
             u_grad.addmm_(v, c_grad[0])
             v_grad.addmm_(u, c_grad[0].T)
         if needs_image:
-            image_grad[start:stop] = u_grad + v_grad
+            torch.add(u_grad, v_grad, out=image_grad[start:stop])
         if needs_text:
-            text_grad[start:stop] = u_grad.sub_(v_grad)
+            torch.sub(u_grad, v_grad, out=text_grad[start:stop])
     return image_grad, text_grad

@@ -17,9 +17,10 @@ Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradie
 and g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)). So engines compute G_ij from two vectors,
 whatever the loss is.
 
-Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
-again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D. Small batches are dense
-(`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
+Forward saves the features and vectors of N elements. Backward computes the logits again, 8 N^2 D
+flops in all, unless the eager engine keeps their exponentials (6 N^2 D, as dense autograd takes;
+`eager.contrastive_lse`). Small batches are dense (`dense.py`). With the N pairs spread over ranks,
+`ranks/exchange.py` brings rows and columns
 together. Gradients are summed across ranks in the accumulation dtype. What needs several steps, or
 whose result a rank may not use, is inside the operators, where `torch.compile` does not see it. If
 it were traced, a ring would keep every block for backward, and a rank without rows would drop
@@ -43,9 +44,6 @@ from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
 from cyclip_loss.terms.operators import Operator, empty_grad_like
 from cyclip_loss.terms.positives import Positives, without_positives
-
-# Of at most this many logits (64 MB in float32), forward keeps the exponentials for backward.
-KEPT_ELEMENTS = 2**24
 
 
 class Started(NamedTuple):
@@ -151,8 +149,7 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairL
         if plan.contrastive == "dense":
             results = dense.log_sum_exps(logits, batch.traced)
         else:
-            keeps = _keeps_exponentials(logits, comparison.ranks, plan)
-            inputs = (*logits, *others, batch.traced, plan, keeps)
+            inputs = (*logits, *others, batch.traced, plan)
             results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
         if comparison.has_pairs:
             found.append(PairLogSumExps(*results))
@@ -162,13 +159,6 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairL
             # Not `_replace`, which PyTorch 2.8 cannot trace.
             found[0] = PairLogSumExps(joined, found[0].pair_logits, found[0].other_positives)
     return found
-
-
-def _keeps_exponentials(logits: Logits, ranks: Ranks, plan: Plan) -> bool:
-    """Whether forward keeps the exponentials of all logits for backward."""
-    num_logits = logits.row_features.shape[0] * ranks.total_rows(logits.column_features.shape[0])
-    needs_backward = torch.is_grad_enabled() and any(x.requires_grad for x in logits[:3])
-    return plan.shares_exponentials and needs_backward and num_logits <= KEPT_ELEMENTS
 
 
 def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
@@ -184,10 +174,9 @@ class _LogSumExps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *inputs, keeps = inputs
         logits = start_streaming(ctx, *inputs)
         *results, row_max, values = logsumexp_forward.chosen(ctx.traced)(
-            logits, keeps, ctx.plan, ctx.ranks
+            logits, ctx.plan, ctx.ranks
         )
         ctx.save_for_backward(*logits[:5], results[0], row_max, values)
         return tuple(results if logits.positives else results[:2])
@@ -247,20 +236,18 @@ def start_streaming(ctx: Any, *inputs: Any) -> Logits:
 
 
 def _forward(
-    logits: Logits, keeps: bool, plan: Plan, ranks: Ranks
+    logits: Logits, plan: Plan, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PairLogSumExps`, of which the third is empty without `logits.positives`.
 
-    Then those of `SharedExponentials`, empty if none are shared or, unless `keeps`, kept. The
-    columns are this rank's own or, if the strategy gathers columns, those of all ranks.
+    Then those of `SharedExponentials`, empty if none are shared, or kept. The columns are this
+    rank's own or, if the strategy gathers columns, those of all ranks.
     """
     engine = engines.load(plan.engine, logits.row_features)
-    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
-    block_lse, new = engine.contrastive_lse, logits.logit_scale.new_empty
-    others = new(0)
-    shares = plan.shares_exponentials
-    shared = SharedExponentials(new(n if shares else 0), new((n, m) if keeps else (0,)))
-    if shares:
+    block_lse, n = engine.contrastive_lse, logits.row_features.shape[0]
+    others = logits.logit_scale.new_empty(0)
+    shared = _new_exponentials(logits, plan)
+    if plan.shares_exponentials:
         block_lse = partial(block_lse, shared=shared)
     positives = Positives(logits.column_ids) if logits.positives else None
     if positives is not None:
@@ -282,11 +269,18 @@ def _forward(
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     logits, new = given.logits, given.logits.logit_scale.new_empty
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
+    n = logits.row_features.shape[0]
     others = new(()) if logits.positives else new((0,))
-    row_max = new((n if given.plan.shares_exponentials else 0,))
-    values = new((n, m) if given.keeps else (0,))
-    return new((2 if logits.symmetric else 1, n)), new((n,)), others, row_max, values
+    shared = _new_exponentials(logits, given.plan)
+    return new((2 if logits.symmetric else 1, n)), new((n,)), others, *shared
+
+
+def _new_exponentials(logits: Logits, plan: Plan) -> SharedExponentials:
+    """Uninitialised; empty if the plan shares none, or keeps none of so many logits."""
+    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
+    new = logits.logit_scale.new_empty
+    values = new((n, m)) if n * m <= plan.kept_exponentials else new((0,))
+    return SharedExponentials(new((n if plan.shares_exponentials else 0,)), values)
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)

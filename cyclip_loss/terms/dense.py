@@ -1,8 +1,8 @@
 """Both terms of a batch with few rows, from N x N matrices, in plain PyTorch.
 
-Up to about N = 1.5 D these matrices are not much larger than the features, and take no more flops
-than the streamed form. So PyTorch's autograd keeps them, and torch.compile fuses what is between
-the products. With U = I + T, V = I - T and W = U V^T:
+Up to N = D these matrices are not larger than the features, and take no more flops than the
+streamed form. So PyTorch's autograd keeps them, and torch.compile fuses what is between the
+products. With U = I + T, V = I - T and W = U V^T:
 
     P_in = ||W + W^T||_F^2 / (4N)        P_cross = ||W - W^T||_F^2 / (4N)
 
@@ -31,15 +31,15 @@ def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         negatives = (row_features @ column_features.to(dtype).T) * logits.logit_scale
         detached = negatives.detach()
-        diagonal = detached.diagonal()
-        # NaN for an infinite pair logit, which would look perfectly matched.
-        pair_logits = negatives.diagonal() + (diagonal - diagonal)
         # Mask without autograd. A masked element has no gradient: its exponential is 0 or, in a row
         # without negatives, the upstream gradient is. Not while compiling: Inductor (PyTorch 2.13)
         # would drop the gradient of the pair logits in batches of 3 or 4 pairs.
         masked = negatives if traced else detached
+        diagonal = masked.diagonal()
+        # NaN for an infinite pair logit, which would look perfectly matched.
+        pair_logits = negatives.diagonal().add(diagonal.detach(), alpha=0)
         if logits.partner_offset == 0:
-            masked.diagonal().fill_(lowest)
+            diagonal.fill_(lowest)
         same = logits.same_ids(0, negatives.shape[0])
         if same is not None:
             masked.masked_fill_(same, lowest)

@@ -13,8 +13,8 @@ from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
 from ..evaluate.checkpoints import default_precision
-from ..evaluate.demonstration import DATASETS, open_dataset
-from ..evaluate.metrics import measure
+from ..evaluate.demonstration import DATASETS, open_dataset, training_pairs
+from ..evaluate.metrics import feature_means, measure
 from ..files import write_text
 from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
 from ..runs import PARAMETERS, code_version
@@ -121,6 +121,7 @@ def main(argv: Sequence[str]) -> None:
         trained = train(config, clip, batches, out / name)
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
+        clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {
             dataset: measure(clip, data) for dataset, data in datasets.items()
         }

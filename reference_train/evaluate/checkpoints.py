@@ -175,6 +175,8 @@ class Clip:
     batch_size: int = 256
     workers: int = 0
     progress: str = ""  # the text of the progress bar; "": no bar is shown
+    # Of image and of text features of training pairs, (D,) each; None if there are no such pairs.
+    means: tuple[Tensor, Tensor] | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The autocast context in which the model runs."""

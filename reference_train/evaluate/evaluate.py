@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from webdataset.shardlists import expand_urls
+
 from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
 from ..data.emoji import read_emoji
-from . import records, report
+from . import demonstration, records, report
 from .checkpoints import (
+    DEMONSTRATION,
     RELEASED_MODEL,
     Checkpoint,
     default_precision,
@@ -18,9 +21,9 @@ from .checkpoints import (
     find_checkpoints,
     load,
 )
-from .datasets import Dataset, find, open_emoji, open_folders
+from .datasets import Dataset, Images, TarImages, Unusable, find, open_emoji, open_folders
 from .demonstration import DATASETS, open_dataset
-from .metrics import measure
+from .metrics import feature_means, measure
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
@@ -141,6 +144,7 @@ def evaluate(
         "path": str(checkpoint.weights),
         **run,
     }
+    clip.means = feature_means(clip, *training_pairs(checkpoint))
     for name, data in datasets.items():
         clip.progress = f"{title}: {name}"
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
@@ -151,6 +155,18 @@ def evaluate(
             continue
         result["results"].setdefault(title, {})[name] = measured
         records.save(result, arguments.out)
+
+
+def training_pairs(checkpoint: Checkpoint) -> tuple[Images, list[str]]:
+    """Pairs that a run was trained on: those of its first shard. None if it is not there."""
+    if Path(checkpoint.weights or "").name == DEMONSTRATION:
+        return demonstration.training_pairs(read_emoji())
+    shards = expand_urls(checkpoint.parameters.get("train_data") or "")
+    try:
+        images = TarImages([Path(shards[0])])
+        return images, images.texts("txt") or []
+    except Unusable:
+        return Images([]), []
 
 
 def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:

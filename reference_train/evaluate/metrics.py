@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from cyclip_loss.metrics import consistency_metrics
 
+from . import interchange
 from .checkpoints import Clip
-from .datasets import Dataset
+from .datasets import Dataset, Images
+from .interchange import STRIP, nearest
 
-STRIP = 1024  # queries that are compared with the gallery in one product
 TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
 SUPERCLASS_TOP = (1, 2, 3)
 CONSISTENCY_NEIGHBOURS = (1, 3, 5, 10)
@@ -31,6 +32,7 @@ GALLERY = 50_000  # training images that may be neighbours, as in the paper for 
 # Gaps, correlations, alignment and uniformity are computed on at most this many pairs, because the
 # cost is quadratic.
 PAIRS = 10_000
+MEANS_OF = 4096  # training pairs
 
 Numbers = dict[str, float]
 
@@ -50,6 +52,7 @@ class Encoded:
     group_indices: dict[str, Tensor]  # the images of each group, ascending
     text_features: Tensor  # (m, D), of distinct captions, or of class names
     is_right: Tensor  # (n, m) bool, whether a text belongs to an image
+    means: interchange.Means  # of training pairs
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
 
 
@@ -73,6 +76,16 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
     else:
         overall = numbers(encoded, torch.arange(len(data.images))) | probe
     return {"numbers": overall, "groups": groups}
+
+
+def feature_means(clip: Clip, images: Images, captions: list[str]) -> tuple[Tensor, Tensor] | None:
+    """The means of the image and the text features of up to 4,096 pairs; None without pairs."""
+    if not captions:
+        return None
+    indices = sample_indices(len(captions), MEANS_OF)
+    image_features = F.normalize(clip.encode_images(images, indices, "training pairs"), dim=-1)
+    text_features = clip.encode_texts([captions[i] for i in indices.tolist()])
+    return image_features.mean(dim=0), text_features.mean(dim=0)
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
@@ -112,6 +125,7 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         },
         text_features=text_features,
         is_right=is_right,
+        means=clip.means,
     )
 
 
@@ -170,8 +184,18 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
         found |= {f"{prefix}{name}": value for name, value in task_numbers.items()}
     found |= retrieval_numbers(encoded, indices)
     sampled = indices[sample_indices(len(indices), PAIRS)]
-    texts = encoded.is_right[sampled].byte().argmax(dim=1)  # one for each image
-    geometry = consistency_metrics(encoded.image_features[sampled], encoded.text_features[texts])
+    is_right = encoded.is_right[sampled]
+    texts = encoded.text_features[is_right.byte().argmax(dim=1)]  # one for each image
+    geometry = consistency_metrics(encoded.image_features[sampled], texts)
+    data = encoded.data
+    found |= interchange.numbers(
+        encoded.image_features[sampled],
+        encoded.text_features,
+        is_right,
+        encoded.means,
+        [data.captions[i][0] for i in sampled.tolist()] if data.captions else None,
+        None if data.groups or "" not in data.classes else data.classes[""].labels[sampled],
+    )
     # One pair has no uniformity, and two pairs have no correlations.
     return found | {name: float(x) for name, x in geometry.items() if x.isfinite()}
 
@@ -213,12 +237,6 @@ def sample_indices(count: int, limit: int) -> Tensor:
     """Up to `limit` random indices below `count`, ascending. They are the same in every run."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[:limit].sort().values
-
-
-def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The indices of the k gallery rows with the highest cosine, best first: (Q, min(k, G))."""
-    k = min(k, len(gallery))
-    return torch.cat([(strip @ gallery.T).topk(k).indices for strip in queries.split(STRIP)])
 
 
 def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:

@@ -1,11 +1,11 @@
-"""Records of evaluations: begins, reads, merges and saves `evaluation.json`."""
+"""Records of evaluations: begins, reads and saves `evaluation.json`."""
 
 import json
 import platform
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -82,29 +82,3 @@ def describe(data: Dataset) -> dict[str, Any]:
         "texts_crc32": zlib.crc32(repr(texts).encode()),
         "mean_over": [group for group in groups if group not in data.excluded_groups],
     }
-
-
-def merge(records: Mapping[str, Result]) -> Result:
-    """Merges several evaluations into one. Its command is that of the first.
-
-    records: the evaluations by name. If two evaluations have runs of the same title that are of
-    other weights, the name is added to the title.
-
-    Raises `UsageError` if evaluations have different datasets under one name.
-    """
-    merged: Result = {part: {} for part in PARTS}
-    for key in ("date", "command", "versions", "device", "settings"):
-        merged[key] = [result[key] for result in records.values()]
-    merged["date"], merged["command"] = max(merged["date"]), merged["command"][0]
-    for record, result in records.items():
-        for name, data in result["data_sets"].items():
-            if merged["data_sets"].setdefault(name, data) != data:
-                raise UsageError(f"{record}: {name} is another dataset there")
-        for run, results in result["results"].items():
-            checkpoint = result["checkpoints"][run]
-            is_same = merged["checkpoints"].get(run, checkpoint) == checkpoint
-            title = run if is_same else f"{record}-{run}"
-            merged["results"].setdefault(title, {}).update(results)
-            merged["checkpoints"][title] = checkpoint
-        merged["failed"] |= result["failed"]
-    return merged

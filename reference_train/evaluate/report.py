@@ -4,7 +4,6 @@
 """
 
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
@@ -19,12 +18,15 @@ from ..files import write_text
 from ..losses import LOSSES
 from . import paper
 from .metrics import CONSISTENCY_NEIGHBOURS, RECALL_AT, SUPERCLASS_TOP, TOP, top
-from .records import Result, merge, read_evaluation, save
+from .records import Result, read_evaluation
 
 # Endings of the metrics that table.md shows for each group.
 GROUP_ENDINGS = ("top1", "_r1")
 # Endings of the metrics that the terminal shows.
-SHORT_ENDINGS = (*GROUP_ENDINGS, "consistency_1", "linear_probe", "_gap", "_correlation")
+SHORT_ENDINGS = (
+    *(*GROUP_ENDINGS, "consistency_1", "linear_probe", "_gap", "_correlation"),
+    *("mixed_r10", "mixed_r10_without_means"),
+)
 HOW_TO_READ = (
     "All numbers are in %, except alignment, uniformity, gaps and correlations. Alignment, "
     "uniformity and gaps are better if lower; correlations are higher if the model is more "
@@ -44,6 +46,14 @@ class Metric(NamedTuple):
     k: int = 1
 
 
+# What `interchange` measures; the titles are made of the names. Endings say what is subtracted.
+INTERCHANGE = (
+    *("mixed_r10", "mixed_r10_tenth_of_texts", "mixed_r10_tenth_of_images"),
+    *("mixed_text_share", "mixed_text_share_tenth_of_texts", "mixed_text_share_tenth_of_images"),
+    *("head_image_image", "head_image_text", "head_text_image", "head_text_text"),
+    *("v_measure_images", "v_measure_texts", "v_measure_mixed", "shared_neighbours"),
+)
+ENDINGS = ("", "_without_means", "_without_gallery_means")
 # The metrics that do not belong to a task.
 COMMON = {
     "linear_probe": Metric("linear probe", "class"),
@@ -56,6 +66,12 @@ COMMON = {
     "inmodal_correlation": Metric("in-modal correlation"),
     "crossmodal_gap": Metric("cross-modal gap × 100"),
     "crossmodal_correlation": Metric("cross-modal correlation"),
+    "modality_gap": Metric("modality gap"),
+    **{
+        name + ending: Metric(f"{name}{ending} × 100".replace("_", " "))
+        for name in INTERCHANGE
+        for ending in ENDINGS
+    },
 }
 
 
@@ -304,29 +320,17 @@ def write(result: Result, out: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    description = "Makes table.md again. Runs called NAME-SEED share the column NAME."
+    description = "Makes table.md in folders of evaluate again. Runs NAME-SEED share a column."
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
-    add(
-        "evaluations",
-        nargs="+",
-        type=Path,
-        metavar="FOLDER",
-        help="a folder of evaluate, or an evaluation.json",
-    )
-    add("--out", type=Path, metavar="DIR", help="default: the first folder, for its table")
-    add(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="also write a row for each run: its settings and all its numbers",
-    )
+    text = "a folder of evaluate, or an evaluation.json"
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help=text)
+    text = "also write a row for each run of all folders: its settings and all its numbers"
+    add("--csv", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
-    result = merge({str(path): read_evaluation(path) for path in arguments.evaluations})
-    if len(arguments.evaluations) > 1:
-        result["command"] = shlex.join(["python", "-m", "reference_train", "report", *argv])
-    if arguments.out:  # else `evaluate` may be adding results to the folder's record
-        save(result, arguments.out)
-    write(result, arguments.out or arguments.evaluations[0])
+    results = [read_evaluation(folder) for folder in arguments.folders]
+    for folder, result in zip(arguments.folders, results, strict=True):
+        write(result, folder if folder.is_dir() else folder.parent)
     if arguments.csv:
-        table_of_runs(result).to_csv(arguments.csv, index=False, float_format="%.6g")
+        rows = pd.concat(map(table_of_runs, results))
+        write_text(rows.to_csv(index=False, float_format="%.6g"), arguments.csv)

@@ -89,7 +89,7 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_small_batches_have_second_derivatives(options: dict[str, Any], device) -> None:
     """The dense form is plain PyTorch."""
-    case = Case(4, 3, WIDE, **options)
+    case = Case(3, 3, WIDE, **options)
     given, loss = case.arguments(device), function_of(case, "eager")
     leaves = [x.requires_grad_() for x in given.values()]
     assert torch.autograd.gradgradcheck(

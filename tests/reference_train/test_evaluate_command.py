@@ -130,6 +130,24 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
 
 
+def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_path) -> None:
+    """Here the data set has the same pairs."""
+    run, shard = shutil.copytree(run_folder, tmp_path / "tiny"), tmp_path / "train.tar"
+    with (run / "params.txt").open("a") as file:
+        file.write(f"train_data: {shard}\n")
+    pairs = [{"png": picture(i), "txt": b"%d" % i} for i in range(12)]
+    write_samples(shard, pairs)
+    write_set(tmp_path / "wds_x", {"test": pairs})
+    options = f"{run} --data {tmp_path}/wds_x --only x"
+    numbers = evaluate(tmp_path / "first", options)["results"]["tiny"]["x"]["numbers"]
+    share, less = numbers["mixed_text_share"], numbers["mixed_text_share_without_means"]
+    assert less == pytest.approx(numbers["mixed_text_share_without_gallery_means"])
+    assert less != share
+    shard.unlink()
+    numbers = evaluate(tmp_path / "second", options)["results"]["tiny"]["x"]["numbers"]
+    assert (numbers["mixed_text_share"], "mixed_r10_without_means" in numbers) == (share, False)
+
+
 @pytest.fixture(scope="module")
 def bad_files(run_folder, tmp_path_factory) -> Path:
     """A folder of files that are no checkpoints: code, and weights that are NaN."""

@@ -34,6 +34,7 @@ def measure(images: Tensor, data: Dataset, texts: dict[str, Tensor], **options: 
     """`metrics.measure` of a model that gives these features of images and of texts."""
     clip = SimpleNamespace(
         device=CPU,
+        means=None,
         encode_classes=lambda names, _: torch.stack([texts[name] for name in names]),
         encode_texts=lambda captions: torch.stack([texts[text] for text in captions]),
         encode_images=lambda shown, indices, split: images[indices],

@@ -1,28 +1,13 @@
-"""The tables and merged records of `report`, and which published numbers they show."""
+"""The tables and rows of `report`, and which published numbers they show."""
 
-from pathlib import Path
-from typing import Any
+import shutil
 
+import pandas as pd
 import pytest
 from processes import ROOT
 
-from reference_train.command_line import UsageError
-from reference_train.evaluate import records, report
+from reference_train.evaluate import report
 from reference_train.evaluate.records import read_evaluation
-
-DATASET = {"images": 100, "train_images": 0, "classes": {"class": 95}}
-DATASET |= {"captions": 0, "groups": {}, "mean_over": []}
-REST = {"failed": {}, "settings": {}, "versions": {}, "device": "cpu", "command": "", "date": ""}
-
-
-def write(folder: str, *runs: str, **fields: Any) -> None:
-    """An evaluation of these runs."""
-    result = {**REST, "data_sets": {"icons": DATASET}, **fields}
-    found = {name: {"numbers": {"top1": 0.1}, "groups": {}} for name in result["data_sets"]}
-    checkpoints = {run: {"loss": None, "seed": None} for run in runs}
-    result["checkpoints"] = checkpoints | fields.get("checkpoints", {})
-    records.save({**result, "results": {run: found for run in runs}}, Path(folder))
-
 
 # Table -> the record that it is made from.
 TABLES = {
@@ -39,30 +24,17 @@ def test_a_committed_table_is_that_of_its_record(table: str) -> None:
     assert report.markdown(result) == path.read_text()
 
 
-def test_a_merged_evaluation_has_the_runs_and_the_settings_of_all(tmp_path, monkeypatch) -> None:
-    """Runs of the same weights are one column, and runs of others are two."""
-    monkeypatch.chdir(tmp_path)
-    for name, written, data, steps in (
-        ("a", "1", "icons", 1178),
-        ("b", "1", "emoji", 620),
-        ("c", "2", "icons", 620),
-    ):
-        weights = {"run": {"loss": None, "seed": None, "path": "run", "written": written}}
-        sets, settings = {data: DATASET}, {"steps": steps}
-        write(name, "run", name, checkpoints=weights, data_sets=sets, settings=settings)
-    report.main([*"abc", "--out", "merged"])
-    merged = read_evaluation(Path("merged"))
-    assert list(merged["results"]) == ["run", "a", "b", "c-run", "c"]
-    assert list(merged["results"]["run"]) == ["icons", "emoji"]
-    assert merged["settings"] == [{"steps": steps} for steps in (1178, 620, 620)]
-
-
-def test_report_refuses_evaluations_that_do_not_go_together(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write("a", "clip-0")
-    write("b", "clip-1", data_sets={"icons": DATASET | {"images": 99}})
-    with pytest.raises(UsageError, match="b: icons is another dataset there"):
-        report.main(["a", "b", "--out", "out"])
+def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path) -> None:
+    table = ROOT / "reference_train" / "results" / "short" / "table.md"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        shutil.copy(table.with_name("evaluation.json"), tmp_path / name)
+    report.main([f"{tmp_path}/a", f"{tmp_path}/b/evaluation.json", "--csv", f"{tmp_path}/runs.csv"])
+    assert (tmp_path / "b" / "table.md").read_text() == table.read_text()
+    rows = pd.read_csv(tmp_path / "runs.csv")
+    numbers = read_evaluation(tmp_path / "a")["results"]["clip-0"]["new concepts, new styles"]
+    found = rows[rows["run"] == "clip-0"]["new concepts, new styles: top1"]
+    assert found.tolist() == pytest.approx([numbers["numbers"]["top1"]] * 2, rel=1e-5)
 
 
 PROBES = {"May 2022", "April 2022"}

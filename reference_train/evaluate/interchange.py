@@ -1,0 +1,123 @@
+"""Whether image and text features can take each other's place: heads, mixed galleries, clusters.
+
+Features are float32, on the CPU, and their rows have unit length. docs/evaluation.md says what each
+number is for.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import v_measure_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn.functional import normalize
+
+NEIGHBOURS = 10
+STRIP = 1024  # queries that are compared with the gallery in one product
+IMAGES_PER_CLASS = 20  # with fewer there are no heads and no clusters
+Means = tuple[Tensor, Tensor] | None  # of image features and of text features, (D,) each
+Numbers = dict[str, float]
+
+
+def numbers(
+    images: Tensor,
+    texts: Tensor,
+    is_right: Tensor,
+    means: Means,
+    captions: Sequence[str] | None,
+    labels: Tensor | None,
+) -> Numbers:
+    """All numbers that apply.
+
+    images: (n, D). texts: (m, D), distinct. is_right: (n, m), whether a text belongs to an image.
+    means: those of training pairs. captions: one of each image; None: the texts are class names.
+    labels: (n,).
+    """
+    own_texts = texts[is_right.byte().argmax(dim=1)]  # one for each image
+    found = gallery_numbers(images, texts, is_right, means)
+    found["modality_gap"] = (images.mean(dim=0) - own_texts.mean(dim=0)).norm().item()
+    if captions is not None:
+        x, y = (neighbours(z, z, torch.arange(len(z))) for z in (images, own_texts))
+        is_shared = (x[:, :, None] == y[:, None, :]).any(dim=2)
+        found["shared_neighbours"] = is_shared.float().mean().item()
+    if labels is not None and 2 <= len(labels.unique()) <= len(labels) // IMAGES_PER_CLASS:
+        found |= label_numbers(images, own_texts, labels, captions)
+    return found
+
+
+def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+    """The indices of the k gallery rows with the highest cosine, best first: (Q, min(k, G))."""
+    k = min(k, len(gallery))
+    return torch.cat([(strip @ gallery.T).topk(k).indices for strip in queries.split(STRIP)])
+
+
+def neighbours(queries: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+    """The 10 nearest of these rows of features, (n, 10). Query i is row i, and not its own."""
+    found = rows[nearest(queries, features[rows], NEIGHBOURS + 1)]
+    is_itself = found == torch.arange(len(queries))[:, None]
+    others_first = is_itself.byte().argsort(dim=1, stable=True)
+    return found.gather(1, others_first[:, :-1])
+
+
+def gallery_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Means) -> Numbers:
+    """Image queries in galleries of images and texts, as they are and without the means.
+
+    Queries are the images with a text in the gallery. R@10 is the share of them with a text of
+    their own among the 10 nearest; the share of texts is that among these 10.
+    """
+    count, is_shown = len(images), is_right.any(dim=0)
+    rows = torch.cat([torch.arange(count), count + is_shown.nonzero()[:, 0]])
+    galleries = {
+        "": rows,
+        "_tenth_of_texts": rows[(rows < count) | (rows % 10 == 0)],
+        "_tenth_of_images": rows[(rows >= count) | (rows % 10 == 0)],
+    }
+    subtracted = {
+        "": (torch.zeros(1), torch.zeros(1)),
+        "_without_gallery_means": (images.mean(dim=0), texts[is_shown].mean(dim=0)),
+        "_without_means": means,
+    }
+    found = {}
+    for ending, pair in subtracted.items():
+        if pair is None:
+            continue
+        x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
+        for kind, rows in galleries.items():
+            queries = is_right[:, rows[rows >= count] - count].any(dim=1)
+            answers = neighbours(x, torch.cat([x, y]), rows)[queries]
+            is_text = answers >= count
+            is_own = is_right[queries].gather(1, (answers - count).clamp(min=0)) & is_text
+            if len(answers):
+                found[f"mixed_r10{kind}{ending}"] = is_own.any(dim=1).float().mean().item()
+                found[f"mixed_text_share{kind}{ending}"] = is_text.float().mean().item()
+    return found
+
+
+def label_numbers(
+    images: Tensor, texts: Tensor, labels: Tensor, captions: Sequence[str] | None
+) -> Numbers:
+    """Heads within and across modalities, and clusters. texts: (n, D), of the text of each image.
+
+    A head is fitted on one half, and applied to the other. Images with one caption are in one half.
+    """
+    keys = captions or map(str, range(len(labels)))
+    half = torch.tensor([hashlib.sha256(key.encode()).digest()[0] % 2 for key in keys]).bool()
+    towers, found = {"image": images, "text": texts}, {}
+    for ending in ("", "_without_means"):
+        if ending:
+            towers = {name: normalize(x - x[half].mean(dim=0)) for name, x in towers.items()}
+        for fitted, x in towers.items():
+            head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            head.fit(x[half], labels[half])
+            for applied, y in towers.items():
+                accuracy = head.score(y[~half], labels[~half])
+                found[f"head_{fitted}_{applied}{ending}"] = accuracy
+    for name, x in {"images": images, "texts": texts, "mixed": torch.cat([images, texts])}.items():
+        clusters = KMeans(len(labels.unique()), n_init=10, random_state=0).fit_predict(x)
+        truth = labels.repeat(len(x) // len(labels))
+        found[f"v_measure_{name}"] = float(v_measure_score(truth, clusters))
+    return found

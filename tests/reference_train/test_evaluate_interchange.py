@@ -1,0 +1,62 @@
+"""Mixed galleries, compared with loops; neighbours and heads of made-up features."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from reference_train.evaluate import interchange
+
+
+def test_mixed_galleries_agree_with_loops(monkeypatch) -> None:
+    monkeypatch.setattr(interchange, "STRIP", 7)
+    monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
+    images, texts = (normalize(torch.randn(n, 4), dim=-1) for n in (40, 45))
+    # Image i has texts i and i + 1. The last four belong to no image, so they are in no gallery.
+    is_right = (torch.eye(40, 45) + torch.eye(40, 45).roll(1, dims=1)).bool()
+    means = tuple(torch.randn(2, 4) / 2)
+    found = interchange.gallery_numbers(images, texts, is_right, means)
+    steps = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
+    for kind, (image_step, text_step) in steps.items():
+        hits, num_texts = [], 0
+        for query in is_right[:, :41:text_step].any(dim=1).nonzero()[:, 0].tolist():
+            gallery = [(images[i], -1) for i in range(0, 40, image_step) if i != query]
+            gallery += [(texts[i], i) for i in range(0, 41, text_step)]
+            gallery.sort(key=lambda row: -float(images[query] @ row[0]))
+            shown = [i for _, i in gallery[:3] if i >= 0]
+            hits.append(bool(is_right[query, shown].any()))
+            num_texts += len(shown)
+        assert found[f"mixed_r10{kind}"] == pytest.approx(sum(hits) / len(hits))
+        assert found[f"mixed_text_share{kind}"] == pytest.approx(num_texts / 3 / len(hits))
+    gallery_means = images.mean(dim=0), texts[:41].mean(dim=0)
+    for ending, pair in (("_without_means", means), ("_without_gallery_means", gallery_means)):
+        less = (normalize(x - y, dim=-1) for x, y in zip((images, texts), pair, strict=True))
+        expected = interchange.gallery_numbers(*less, is_right, None)
+        assert found["mixed_r10" + ending] == pytest.approx(expected["mixed_r10"])
+
+
+def test_shared_neighbours_and_the_modality_gap_are_those_by_hand(monkeypatch) -> None:
+    monkeypatch.setattr(interchange, "NEIGHBOURS", 1)
+    # On an arc the nearest of the images are 1, 0, 1 and 2, and of the texts 1, 2, 1 and 2.
+    angles = torch.tensor([[0.0, 1, 3, 7], [0, 5, 6, 8]]) / 10
+    images, texts = torch.stack([angles.cos(), angles.sin()], dim=2)
+    found = interchange.numbers(images, texts, torch.eye(4).bool(), None, [*"abcd"], None)
+    assert found["shared_neighbours"] == 0.75
+    gap = (angles.cos()[0] - angles.cos()[1]).mean(), (angles.sin()[0] - angles.sin()[1]).mean()
+    assert found["modality_gap"] == pytest.approx(float(torch.stack(gap).norm()))
+
+
+def test_heads_see_no_title_twice_and_cross_modalities_without_the_means() -> None:
+    """Images and texts of a class differ by a shift. Of titles there are 60, with four images."""
+    labels, titles = torch.arange(60).repeat(4) % 3, [str(i) for i in range(60)] * 4
+    classes, shift = 4 * torch.eye(3, 32), torch.zeros(32)
+    shift[:2] = torch.tensor([-4.0, 4])
+    noise = torch.randn(2, 240, 32) / 4
+    images, texts = normalize(classes[labels] + noise[0], dim=-1), classes[labels] + noise[1]
+    found = interchange.label_numbers(images, normalize(texts + shift, dim=-1), labels, titles)
+    assert found["head_image_text"] < 0.7
+    assert found["head_image_text_without_means"] > 0.9
+    assert found["head_image_image"] == found["v_measure_images"] == 1
+    of_titles = normalize(torch.randn(60, 32), dim=-1).repeat(4, 1)  # they say nothing of the class
+    for captions, low, high in ((None, 0.7, 1), (titles, 0, 0.5)):
+        found = interchange.label_numbers(of_titles, of_titles, labels, captions)
+        assert low < found["head_image_image"] < high
