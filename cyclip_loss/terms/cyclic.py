@@ -36,22 +36,20 @@ def centered(batch: Batch, plan: Plan) -> Batch:
 
     The features get the accumulation dtype: 16 bits would lose the small differences of features
     that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
-    means, for O(N D) memory and an all-reduce of 3 D elements.
+    means, for O(N D) memory and an all-reduce of 2 D + 1 elements.
 
     The means have no gradient. A function of centred features has gradients that sum to 0 over the
     rows, so what the means would add is 0.
     """
     if not plan.centered:
         return batch
-    images, texts = batch.image_features, batch.text_features
-    n, d = images.shape
-    dtype = accumulation_dtype(images.dtype)
+    pair = torch.cat((batch.image_features, batch.text_features), dim=1)
     with torch.no_grad():
-        sums = [x.sum(dim=0, dtype=dtype) for x in (images, texts)]
-        own = torch.stack((*sums, images.new_full((d,), n, dtype=dtype)))
-        image_sum, text_sum, total = collectives.all_reduce(own, "sum", batch.ranks).unbind()
-    means = image_sum / total, text_sum / total
-    return Batch(images - means[0], texts - means[1], batch.ranks, batch.traced)
+        sums = pair.sum(dim=0, dtype=accumulation_dtype(pair.dtype))
+        own = torch.cat((sums, sums.new_full((1,), pair.shape[0])))
+        summed = collectives.all_reduce(own, "sum", batch.ranks)
+    images, texts = (pair - summed[:-1] / summed[-1]).chunk(2, dim=1)
+    return Batch(images, texts, batch.ranks, batch.traced)
 
 
 def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
