@@ -36,22 +36,20 @@ def centered(batch: Batch, plan: Plan) -> Batch:
 
     The features get the accumulation dtype: 16 bits would lose the small differences of features
     that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
-    means, for O(N D) memory and an all-reduce of 3 D elements.
+    means, for O(N D) memory and an all-reduce of 2 D + 1 elements.
 
     The means have no gradient. A function of centred features has gradients that sum to 0 over the
     rows, so what the means would add is 0.
     """
     if not plan.centered:
         return batch
-    images, texts = batch.image_features, batch.text_features
-    n, d = images.shape
-    dtype = accumulation_dtype(images.dtype)
+    pair = torch.cat((batch.image_features, batch.text_features), dim=1)
     with torch.no_grad():
-        sums = [x.sum(dim=0, dtype=dtype) for x in (images, texts)]
-        own = torch.stack((*sums, images.new_full((d,), n, dtype=dtype)))
-        image_sum, text_sum, total = collectives.all_reduce(own, "sum", batch.ranks).unbind()
-    means = image_sum / total, text_sum / total
-    return Batch(images - means[0], texts - means[1], batch.ranks, batch.traced)
+        sums = pair.sum(dim=0, dtype=accumulation_dtype(pair.dtype))
+        own = torch.cat((sums, sums.new_full((1,), pair.shape[0])))
+        summed = collectives.all_reduce(own, "sum", batch.ranks)
+    images, texts = (pair - summed[:-1] / summed[-1]).chunk(2, dim=1)
+    return Batch(images, texts, batch.ranks, batch.traced)
 
 
 def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
@@ -146,31 +144,12 @@ class _GramMatrices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gram_grads: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [x.contiguous() for x in gram_grads]
+        grads = list(gram_grads)
         if ctx.size > 1:  # DDP averages
             grads = [x * ctx.size for x in grads]
         needs = list(ctx.needs_input_grad[:2])
         found = cyclic_grads.chosen(ctx.traced)(*ctx.saved_tensors, grads, needs, ctx.engine)
         return (*found, None, None, None, None)
-
-
-def _weighted_product(x: Tensor, y: Tensor, weight: Any) -> Tensor:
-    """weight * <x, y>_F. weight: a number or a scalar."""
-    return _WeightedProduct.apply(x, y, weight)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _WeightedProduct(torch.autograd.Function):
-    """As `_weighted_product`, in 3 launches instead of the 6 of `weight * (x * y).sum()`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Any) -> Tensor:
-        weighted = torch._foreach_mul([y, x], weight)
-        ctx.save_for_backward(*weighted)
-        return torch.dot(x.view(-1), weighted[0].view(-1))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch._foreach_mul(ctx.saved_tensors, grad), None
 
 
 def penalties_of(
@@ -183,22 +162,32 @@ def penalties_of(
     grams: A, B and, if needed, C, (D, D), summed over ranks; weights: of N * P_in and of
     N * P_cross, numbers or scalars. Without C they are equal, and only the sum is wanted.
     """
-    a, b, *c = grams
-    inmodal, crossmodal = weights
-    if output_dict:
-        p, q = _weighted_product(a, b, 0.5), (c[0] * c[0].T).sum() / 2
-        return [_not_negative(p + q) * inmodal, _not_negative(p - q) * crossmodal]
-    # Both weights count, so that torch.compile treats both as inputs.
-    total = _weighted_product(a, b, (inmodal + crossmodal) / 2)
-    if c:
-        total = total + (c[0] * c[0].T).sum() * ((inmodal - crossmodal) / 2)
-    return [_not_negative(total) if c else total]
+    found = [(weights[0], 0.0), (0.0, weights[1])] if output_dict else [weights]
+    return [
+        _Products.apply((x + y) / 2, (x - y) / 2, *grams)  # type: ignore[no-untyped-call]
+        for x, y in found
+    ]
 
 
-def _not_negative(x: Tensor) -> Tensor:
-    """A sum of squares, which rounding must not make negative; with its gradient, and NaN."""
-    x.detach().clamp_(min=0)
-    return x
+class _Products(torch.autograd.Function):
+    """x <A, B>_F + y <C, C^T>_F, a sum of squares, from numbers or scalars x and y.
+
+    Forward computes the gradients, because that takes fewer launches than autograd's formulas.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, y: Any, a: Tensor, b: Tensor, *c: Tensor) -> Tensor:
+        grads = [*torch._foreach_mul([b, a], x), *(m.T.contiguous() * (2 * y) for m in c)]
+        ctx.save_for_backward(*grads)
+        total = torch.dot(a.view(-1), grads[0].view(-1))
+        if c:
+            total = total + torch.dot(c[0].view(-1), grads[2].view(-1)) / 2
+            total.clamp_(min=0)  # rounding must not make it negative; NaN stays
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
 
 
 def _gram_matrices(
