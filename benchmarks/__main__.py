@@ -4,9 +4,13 @@
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,14 +25,24 @@ MODULES = {
 }
 
 
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """The type of an argument that is a finite number above 0."""
+
+    def number(text: str) -> float:
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"must be > 0, not {text}")
+        return kind(text)
+
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    add_command = partial(commands.add_parser, allow_abbrev=False)
 
-    compare = commands.add_parser(
-        "compare", help="compare the loss with its alternatives on this machine"
-    )
+    compare = add_command("compare", help="compare the loss with its alternatives on this machine")
     compare.add_argument(
         "--loss",
         nargs="+",
@@ -39,10 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
         " of (image_features, text_features, logit_scale)",
     )
     compare.add_argument(
-        "--sizes", nargs="+", type=int, metavar="N", help="numbers of pairs (of all ranks together)"
+        "--sizes",
+        nargs="+",
+        type=positive(int),
+        metavar="N",
+        help="numbers of pairs (of all ranks together)",
     )
     # torchrun takes --d for an abbreviation of its own options, before Python 3.12.
-    compare.add_argument("--d", "--dim", type=int, help="feature size (default: 512)")
+    compare.add_argument("--d", "--dim", type=positive(int), help="feature size (default: 512)")
     compare.add_argument(
         "--dtype",
         nargs="+",
@@ -51,19 +69,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument(
         "--step-rate",
-        type=float,
+        type=positive(float),
         metavar="R",
         help="also print the losses' share of a training step: the pairs per second of one device, "
         "which your trainer prints",
     )
 
-    cached = commands.add_parser(
+    cached = add_command(
         "cached", help="compare a step by cached_backward with one on the whole batch"
     )
 
-    gpu = commands.add_parser(
-        "gpu", help="test and time the kernels and the loss on this machine's GPU"
-    )
+    gpu = add_command("gpu", help="test and time the kernels and the loss on this machine's GPU")
     gpu.add_argument(
         "--dry-run",
         action="store_true",
@@ -73,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--sections", nargs="+", help="sections to run, each for up to nine minutes (default: all)"
     )
 
-    gate = commands.add_parser("gate", help="compile every kernel for every chip, without a GPU")
+    gate = add_command("gate", help="compile every kernel for every chip, without a GPU")
     gate.add_argument(
         "--arch", nargs="+", help="architectures (default: all that this Triton supports)"
     )
@@ -93,7 +109,14 @@ def main(arguments: list[str]) -> int:
     """Parse, run one command, return its exit code."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command != "gate":
+        try:  # before minutes of measuring
+            options.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.out).close()
+        except OSError as error:
+            parser.error(f"--out can't be written: {error}")
     if options.command in ("gpu", "gate"):
         if not find_spec("triton"):
             print(f"`python -m benchmarks {options.command}` needs Triton: pip install triton")

@@ -69,9 +69,6 @@ class Batch(NamedTuple):
     # With the number of pairs on each, once they were compared. The penalties alone need no
     # comparison: their all-reduce counts the rows.
     ranks: Ranks
-    # Whether torch.compile or torch.export records the call, or the features are of a tensor type
-    # with a dispatch of its own, such as fake tensors.
-    traced: bool
     function: str = "CyclicPenalty"  # the public name of what was called
     logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
     logit_bias: Tensor | None = None  # scalar of the accumulation dtype

@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
-from weakref import ref
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_map, tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cyclip_loss.options import integer
+from cyclip_loss.second_run import buffers_of, differs, sample_of, set_buffers
 
 
 def cached_backward(
@@ -48,9 +48,9 @@ def cached_backward(
     Args:
         model: a module that returns a tuple or a dict, as OpenCLIP's models do. Tensors of two or
             more dimensions, such as features (n, D), are concatenated along their first dimension,
-            whose size n is free: a model may return further features of views or negatives. Other
-            tensors, such as the logit scale, must not depend on the inputs. They and all other
-            values are taken from the last mini-batch.
+            whose size n is free: a model may return further features of views or negatives, and
+            None in their place for some mini-batches. Other tensors, such as the logit scale, must
+            not depend on the inputs. They and all other values are taken from the last mini-batch.
         loss_fn: any loss, also across ranks. It gets a tuple by position, and a dict by keyword. It
             returns a scalar, or a dict of terms that sum to the loss.
         *inputs: the model's arguments, tensors with the same number of rows N, on its device.
@@ -72,16 +72,28 @@ def cached_backward(
     Raises:
         ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, or the
             model's output is no tuple or dict, or has no features.
-        TypeError: an input is no tensor, `mini_batch_size` no integer, or the loss no scalar.
+        TypeError: an argument has another type, or the loss is no scalar or requires no gradients.
+        RuntimeError: the second run of a mini-batch gave other outputs than the first.
 
-    Batch normalisation in training mode uses the statistics of each mini-batch, so the gradients
-    are not those of the whole batch. Its running statistics are updated once for each mini-batch.
+    The gradients are exact if the second run repeats the first. It does so with dropout and other
+    random numbers from PyTorch's default generators, on the CPU and the inputs' devices; with
+    buffers, which forward may change, replace and register; and with all that forward resets before
+    it returns, such as the training mode or an adapter that it switches off. Batch normalisation in
+    training mode uses the statistics of each mini-batch, so the gradients are not those of the
+    whole batch. Its running statistics are updated once for each mini-batch.
 
-    The second run does not have the random numbers of the first run if they come from Python's or
-    NumPy's generators, from a `torch.Generator`, or from a device that no input is on. Nor does it
-    have what the first run saw in attributes that are not buffers, such as a counter. If such a
-    value changes the features, the gradients are wrong: draw with PyTorch's default generators, and
-    register tensors that change as buffers. A buffer must not require gradients.
+    The second run does not repeat the first if the outputs depend on something else that forward
+    changes: parameters, as of a momentum encoder; a counter or a list in an attribute; a module
+    that is not registered; a tensor that shares its memory with a buffer; the inputs themselves; or
+    random numbers from Python, NumPy, a `torch.Generator` or another device. So the outputs are
+    compared, and an error names those that differ by more than rounding explains: by 0.1%, or by 6%
+    if they have 16 bits or autocast is on. It comes after backward: discard the gradients, to which
+    the wrong ones were added. Of several ranks, one alone may raise it.
+
+    Not noticed is a smaller difference, or one in values that are no floating-point tensors. And
+    what forward changes besides buffers, it changes twice in a step. Update a momentum encoder or a
+    counter outside of forward, and register tensors that change as buffers. A buffer must not
+    require gradients.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N
@@ -112,6 +124,10 @@ def cached_backward(
         >>> model.image.weight.grad.shape
         torch.Size([4, 5])
     """
+    for name in ("model", "scaler", "uneven", "process_group"):
+        kind = cached_backward.__annotations__[name]
+        if not isinstance(locals()[name], kind):
+            raise TypeError(f"{name} must be {kind}, got {locals()[name]!r:.80}")
     for x in inputs:
         if not isinstance(x, Tensor) or not x.ndim:
             raise TypeError(f"inputs must be tensors with rows, got {x!r:.80}")
@@ -120,70 +136,98 @@ def cached_backward(
         raise ValueError(f"inputs must have the same number of rows, got {rows}")
     if integer("mini_batch_size", mini_batch_size) < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
-    count = len(torch.split(inputs[0], int(mini_batch_size)))
+    count = -(-rows[0] // int(mini_batch_size)) or 1
     if uneven:
         largest = torch.tensor(count, device=inputs[0].device)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, process_group)
         count = int(largest)
 
-    # The buffers before the first run of each mini-batch, and finally those to keep.
-    states: dict[Any, Any] = {}
+    mini_batches = [*zip(*(x.tensor_split(count) for x in inputs), strict=True)]
+    # Of the first run of each mini-batch: the buffers that it saw, and a sample of its outputs.
+    # Finally, the buffers to keep.
+    noted: Any = {}
+    comparisons: Any = []
 
-    def run(index: int, *mini_batch: Tensor) -> Any:
+    def run(index: int, *_: Tensor) -> Any:
+        no_early_stop.close()
         # If mini-batches shared weights in 16 bits, their gradients would be summed in 16 bits.
         torch.clear_autocast_cache()
-        if index not in states:
-            states[index] = deepcopy(_buffers(model))
-        else:  # the second run
-            states.setdefault("final", _buffers(model))
-            _set_buffers(deepcopy(states[index]))
+        again = index in noted
+        if again:
+            noted.setdefault("final", buffers_of(model))
+        before = iter(deepcopy(noted.setdefault(index, [])))
+
+        def start(module: nn.Module, *_: Any) -> None:
+            """Note the buffers with which a module starts or, in the second run, set them."""
+            if again:
+                set_buffers(next(before))
+            else:
+                noted[index].append(deepcopy(buffers_of(module)))
+
+        start(model)
         with ExitStack() as stack:
-            # DDP's forward sends buffers and prepares to reduce the gradients. It runs once in a
-            # step, in the first run of all, which sees the buffers that it has received.
+            # DDP's forward sends buffers and prepares to reduce the gradients. It runs in the first
+            # run of all, so once in a step. Its module starts with the buffers that it received.
             for module in model.modules():
                 if isinstance(module, nn.parallel.DistributedDataParallel):
-                    stack.enter_context(
-                        module.module.register_forward_pre_hook(
-                            lambda inner, _: states[0].extend(deepcopy(_buffers(inner)))
+                    if index == 0:
+                        stack.enter_context(
+                            module.module.register_forward_pre_hook(start, prepend=True)
                         )
-                        if len(states) == 1
-                        else patch.object(module, "forward", module.module.__call__)
-                    )
-            return output_transform(model(*mini_batch))
+                    if again or index:
+                        stack.enter_context(patch.object(module, "forward", module.module.__call__))
+            output = output_transform(model(*mini_batches[index]))
+        sample = sample_of(output)
+        comparisons.append(tree_map(differs, noted.setdefault((index, "sample"), sample), sample))
+        return output
 
+    outputs = []
     if count == 1:
-        outputs = [output_transform(model(*inputs))]
+        outputs.append(output_transform(model(*inputs)))
     else:
-        outputs = [
-            checkpoint(run, index, *part, use_reentrant=False)
-            for index, part in enumerate(zip(*(x.tensor_split(count) for x in inputs), strict=True))
-        ]
-    # Features have two dimensions or more, and a logit scale has none or one.
-    joined = tree_map(lambda *x: torch.cat(x) if getattr(x[0], "ndim", 0) > 1 else x[-1], *outputs)
+        with ExitStack() as no_early_stop:
+            for index, mini_batch in enumerate(mini_batches):
+                # The second run has to reach its end, where a model may reset what it has set.
+                # Checkpoints in the model may stop early: `run` starts with the user's setting.
+                no_early_stop.enter_context(set_checkpoint_early_stop(False))
+                # `run` takes the inputs themselves. The checkpoint needs to know their devices.
+                data = [x.data for x in mini_batch]
+                outputs.append(checkpoint(run, index, *data, use_reentrant=False))
+    joined = tree_map(_joined, *outputs)
     args = joined if isinstance(joined, tuple | list) else ()
     kwargs = joined if isinstance(joined, dict) else {}
     if not any(getattr(x, "ndim", 0) > 1 for x in (*args, *kwargs.values())):
         raise ValueError(f"model must return a tuple or a dict with features, got {joined!r}")
     try:
         loss = loss_fn(*args, **kwargs, **loss_kwargs)
-        total = sum(loss.values()) if isinstance(loss, dict) else loss
-        if not isinstance(total, Tensor) or total.numel() != 1:
-            raise TypeError(f"loss_fn must return a scalar or a dict of scalars, got {loss!r}")
+        total: Any = sum(loss.values()) if isinstance(loss, dict) else loss
+        if not getattr(total, "requires_grad", False) or total.numel() != 1:
+            raise TypeError(
+                "loss_fn must return a scalar or a dict of scalars, which require gradients (there "
+                f"are none inside of torch.no_grad), got {loss!r}"
+            )
         # The graph of an output that the loss ignores would keep activations of all mini-batches.
         del outputs, joined, args, kwargs
         with torch.autocast(total.device.type, enabled=False):
             torch.autograd.backward(scaler.scale(total) if scaler else total)
     finally:
-        _set_buffers(states.get("final", []))
+        set_buffers(noted.get("final", []))
+        for comparison in comparisons:
+            if any(tree_leaves(comparison)):
+                raise RuntimeError(
+                    "the second run of a mini-batch gave other outputs than the first (True): "
+                    f"{tree_map(bool, comparison)}. The gradients were accumulated, and are wrong. "
+                    "The outputs depend on something that forward changes and that is no buffer: a "
+                    "momentum encoder or a counter (update it outside of forward), a module that "
+                    "is not registered, another reference to a buffer, an input changed in place, "
+                    "or random numbers that are not from PyTorch's default generators"
+                )
     return tree_map_only(Tensor, Tensor.detach, loss)
 
 
-def _buffers(model: nn.Module) -> list[Any]:
-    """Each buffer with its module and name. deepcopy does not follow the weak references."""
-    return [(ref(x), *item) for x in model.modules() for item in x._buffers.items()]
-
-
-def _set_buffers(buffers: list[Any]) -> None:
-    """Let the names refer to these tensors."""
-    for module, name, value in buffers:
-        module()._buffers[name] = value
+def _joined(*values: Any) -> Any:
+    """The rows of all mini-batches; for what has no rows, the value of the last."""
+    # Features have two dimensions or more, and a logit scale has none or one.
+    if any(getattr(x, "ndim", 0) > 1 for x in values):
+        return torch.cat([x for x in values if x is not None])
+    return values[-1]

@@ -7,7 +7,7 @@ call and its bounds.
 """
 
 from collections.abc import Hashable
-from numbers import Real
+from math import inf
 from typing import Any
 from weakref import WeakSet
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cyclip_loss import usage_warnings
 from cyclip_loss.batch import Batch, Comparison, Plan, Ranks
-from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
-from cyclip_loss.options import LARGEST, ContrastiveModule, ContrastiveOptions, Options
+from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing, is_traced
+from cyclip_loss.options import ContrastiveModule, ContrastiveOptions, Options, number
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
@@ -35,7 +35,7 @@ def prepare_pairs(
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group, options.distributed)
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
-    return Batch(*pair, ranks, _is_traced(*pair))
+    return Batch(*pair, ranks)
 
 
 def prepare(
@@ -61,11 +61,10 @@ def prepare(
     ranks = ranks_of(options.process_group, options.distributed)
     several = ranks.size > 1
     images, texts = check_features(image_features, text_features, may_be_empty=several)
-    traced = _is_traced(images, texts)
     if isinstance(options, ContrastiveModule) and options.distributed:
         _check_rank(options, ranks)
-    scale = check_scalar("logit_scale", logit_scale, images, traced)
-    bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images, traced)
+    scale = check_scalar("logit_scale", logit_scale, images)
+    bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
     ids = check_ids("ids", others.pop("ids"), images)
     if ids is None and same_ids == "positives":
         raise ValueError("same_ids='positives' needs ids, got None")
@@ -107,15 +106,7 @@ def prepare(
         (missing,) = views - given
         raise ValueError(f"augmented features go together: {missing} is None")
     positives = same_ids == "positives"
-    return Batch(images, texts, ranks, traced, function, scale, bias, tuple(comparisons), positives)
-
-
-def _is_traced(*features: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    # Operations on tensors with a dispatch of their own, such as fake tensors, may be recorded
-    # instead of executed. Other subclasses are ordinary tensors.
-    return any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in features)
+    return Batch(images, texts, ranks, function, scale, bias, tuple(comparisons), positives)
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
@@ -179,7 +170,6 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         signature,
         options,
         options.uneven,
-        batch.traced,
     )
     return _compared(batch, found)
 
@@ -193,8 +183,8 @@ def _compared(batch: Batch, found: dict[str, Ranks]) -> Batch:
         if has_pairs or ranks.total_rows(columns.shape[0]) > 0:
             kept.append(Comparison(name, rows, columns, row_ids, column_ids, has_pairs, ranks))
     # Not `_replace`, which PyTorch 2.8 cannot trace.
-    images, texts, _, traced, function, scale, bias, _, positives = batch
-    return Batch(images, texts, pair_ranks, traced, function, scale, bias, tuple(kept), positives)
+    images, texts, _, function, scale, bias, _, positives = batch
+    return Batch(images, texts, pair_ranks, function, scale, bias, tuple(kept), positives)
 
 
 def check_inputs_once(called: Any, batch: Batch) -> None:
@@ -204,8 +194,8 @@ def check_inputs_once(called: Any, batch: Batch) -> None:
     module or function.
     """
     image = batch.image_features
-    # `traced` comes first: compiled code must not depend on what was checked.
-    if batch.traced or called in _checked or image.shape[0] == 0:
+    # `is_traced` comes first: compiled code must not depend on what was checked.
+    if is_traced(image) or called in _checked or image.shape[0] == 0:
         return
     if not image.is_meta and not is_capturing(image):
         _checked.add(called)
@@ -265,19 +255,16 @@ def _check_dense(name: str, tensor: Tensor, method: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {got}")
 
 
-def check_scalar(name: str, value: Tensor | float, features: Tensor, traced: bool) -> Tensor:
+def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
     """The scale or the bias as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a scalar tensor or a number, got {value!r}")
-        if not traced:
-            if name == "logit_scale" and not 0 < value <= LARGEST:
-                raise ValueError(f"{name} must be finite and > 0, got {value}")
-            if not -LARGEST <= value <= LARGEST:
-                raise ValueError(f"{name} must be finite, got {value}")
+        given = number(name, value, "a scalar tensor or a number")
+        least = 0 if name == "logit_scale" else -inf
+        if not is_traced(features) and not least < given < inf:
+            raise ValueError(f"{name} must be finite and > {least}, got {value}")
         # Not `new_full`: torch.compile would make the number a constant.
-        return features.new_ones((), dtype=dtype) * float(value)
+        return features.new_ones((), dtype=dtype) * given
     _check_dense(name, value, "full_tensor")
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cyclip_loss import options, usage_warnings
 from cyclip_loss.inputs import agree, check_inputs_once, prepare, prepare_pairs
+from cyclip_loss.numerics import is_traced
 from cyclip_loss.options import ContrastiveModule, Module, PenaltyOptions, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.terms import contrastive, cyclic
@@ -189,7 +190,7 @@ class CyCLIPLoss(ContrastiveModule):
             progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
         terms |= penalties
-        if not batch.traced:
+        if not is_traced(image_features):
             usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
             if weight is not None and augmented_image_features is None:
                 usage_warnings.warn_of_unused_weight()
@@ -232,7 +233,7 @@ class CyclicPenalty(Module):
         plan = make_plan(batch, self, output_dict)
         centered = cyclic.centered(batch, plan)
         terms = cyclic.terms(centered, plan, self, cyclic.start_grams(centered, plan))
-        if not batch.traced:
+        if not is_traced(image_features):
             usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
             check_inputs_once(self, batch)
         return terms if output_dict else terms["cyclic_loss"]

@@ -31,7 +31,7 @@ def consistency_metrics(
     text_features: Tensor,
     *,
     process_group: ProcessGroup | None = None,
-    distributed: bool = False,
+    distributed: bool | None = None,
 ) -> dict[str, Tensor]:
     """Nine numbers of N pairs, by name, as float32 scalars without gradient.
 
@@ -57,7 +57,8 @@ def consistency_metrics(
             not even under autocast.
         process_group, distributed: a group, or True for the default group, to use the rows of all
             its ranks, which may hold different numbers of rows. Every rank must make the call. The
-            host waits, and all features are gathered (2 N D elements). Off by default, unlike in
+            host waits, and all features are gathered (2 N D elements). False: this rank's rows,
+            without communication, even with a group. None: as False without a group, unlike in
             the loss, because metrics are often computed on one rank alone.
 
     Takes 8 N^2 D flops in float64 (float32 on MPS), shared by the ranks, in bounded memory.
@@ -65,8 +66,9 @@ def consistency_metrics(
     Raises:
         TypeError, ValueError: as `CyCLIPLoss`.
     """
-    asks_for_ranks = boolean("distributed", distributed) or process_group is not None
-    ranks = ranks_of(process_group, asks_for_ranks)
+    if distributed is None:
+        distributed = process_group is not None
+    ranks = ranks_of(process_group, boolean("distributed", distributed))
     pair = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )

@@ -43,6 +43,14 @@ def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def is_traced(features: Tensor) -> bool:
+    """Whether torch.compile or torch.export records the call, or the features are of a tensor type
+    with a dispatch of its own, such as fake tensors.
+    """
+    dispatch = type(features).__torch_dispatch__
+    return torch.compiler.is_compiling() or dispatch is not Tensor.__torch_dispatch__
+
+
 def divisor_of(d: int) -> int:
     """The largest power of two, at most 128, that divides D. All D that share it share kernels."""
     return gcd(d, MAX_DIVISOR)

@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.loss import CyCLIPLoss, WithCyclicPenalty
-from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
+from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, SIGLIP_DIST_IMPLS, PenaltyOptions
 from cyclip_loss.siglip import CySigLIPLoss
 from cyclip_loss.usage_warnings import ADVISED_BATCH_SIZE, LARGEST_CONSTANT, PAPER_LAMBDA
 
@@ -96,12 +96,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=steps_or_share,
         default=0,
         metavar="STEPS",
-        help="raise both weights from 0 over this many steps (0.5: over half of all steps)",
+        help="raise both weights from 0 over this many steps (0.5: over half of all steps), "
+        "instead of --lambda-progress",
     )
     add(
         "--lambda-progress",
         action=argparse.BooleanOptionalAction,
-        default=True,
+        default="unless --lambda-warmup",  # for --help; a bool takes its place below
         help="multiply the penalties by the progress of CLIP's loss (not of other losses)",
     )
     add(
@@ -119,7 +120,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="compute the penalties on features less each tower's mean over the global batch",
     )
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
-    add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (CLIP and SigLIP)")
+    add(
+        "--dist-impl",
+        "--loss-dist-impl",  # OpenCLIP's
+        type=lambda name: SIGLIP_DIST_IMPLS.get(name, name),
+        choices=DIST_IMPLS,
+        default="gather",
+        help="across ranks (CLIP and SigLIP); bidir and shift are taken as ring, reduce as gather",
+    )
     add(
         "--same-captions",
         choices=SAME_IDS,
@@ -132,6 +140,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="a model configuration of OpenCLIP's, FILE.json, for --model FILE",
     )
     ours, theirs = parser.parse_known_args(argv)
+    if ours.lambda_progress is True and (ours.lambda_warmup or "--siglip" in theirs):
+        parser.error("--lambda-progress excludes --lambda-warmup and --siglip")
+    ours.lambda_progress = ours.lambda_progress and not ours.lambda_warmup
     if {"-h", "--help"} & set(theirs):
         parser.print_help()
         print("\nopen_clip_train's flags:\n", flush=True)
@@ -194,13 +205,14 @@ class _Swap:
         captions, warmup = self.options.same_captions, self.options.lambda_warmup
         problems = {
             "--horovod is not supported: use torchrun": getattr(parsed, "horovod", False),
-            "--same-captions excludes --accum-freq above 1": captions and parsed.accum_freq > 1,
+            "--same-captions excludes --accum-freq above 1 and --torchscript": captions
+            and (parsed.accum_freq > 1 or getattr(parsed, "torchscript", False)),
             "--lambda-warmup excludes --skip-scheduler": warmup and parsed.skip_scheduler,
         }
         for problem, found in problems.items():
             if found:
                 raise SystemExit(f"cyclip_loss: {problem}")
-        weight = 0.0 if getattr(parsed, "siglip", False) else PAPER_LAMBDA
+        weight = 0.0 if parsed.siglip else PAPER_LAMBDA
         self.penalty_options = penalty_options(self.options, weight)
         ours = self.penalty_options | vars(self.options)
         self.args = argparse.Namespace(**{**vars(parsed), **ours})

@@ -7,9 +7,9 @@ which collectives run belongs in the signature of `inputs.agree`: then ranks com
 changes.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields
+from math import inf
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,19 +21,31 @@ DIST_IMPLS = ("gather", "ring")
 # The names that `open_clip.SigLipLoss` has for its exchanges, and what they are here.
 SIGLIP_DIST_IMPLS = {"bidir": "ring", "shift": "ring", "reduce": "gather"}
 SAME_IDS = ("ignored", "positives")
-LARGEST = sys.float_info.max  # Python's integers may be larger, and have no float
 # Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
-def weight(name: str, value: Any) -> float:
-    """The value as a float, or an error unless it is a number >= 0."""
+def number(name: str, value: Any, kind: str = "a number") -> float:
+    """The value as a float, or TypeError unless it is a number. Infinite if it is too large.
+
+    Always a float, so that torch.compile sees no change of type, and NumPy compares it with others
+    without rounding them to the value's dtype.
+    """
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    if not 0 <= value <= LARGEST:  # type: ignore[operator]
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:  # Python's integers may be larger than floats
+        return inf
+
+
+def weight(name: str, value: Any) -> float:
+    """The value as a float, or an error unless it is a finite number >= 0."""
+    given = number(name, value)
+    if not 0 <= given < inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return float(value)  # always a float, so that torch.compile sees no change of type
+    return given
 
 
 def optional_weight(name: str, value: Any) -> float | None:
@@ -50,7 +62,7 @@ def integer(name: str, value: Any, alternative: str = "") -> int:
 
 def optional_batch_size(name: str, value: Any) -> int | None:
     """The value, or an error unless it is None or an integer >= 1."""
-    if value is not None and not 1 <= integer(name, value, " or None") <= LARGEST:
+    if value is not None and not 1 <= number(name, integer(name, value, " or None")) < inf:
         raise ValueError(f"{name} must be >= 1 and finite, got {value}")
     return value  # type: ignore[no-any-return]
 
@@ -127,17 +139,13 @@ class Options:
         return {name: getattr(self, name) for name in same}
 
 
-def _held_group(options: Any) -> Any:
-    return options._held_group.group
-
-
 def _hold_group(options: Any, group: Any) -> None:
     options._held_group = _HeldGroup(group)
 
 
 # A property, in place of the default that the dataclass has read. (PyTorch 2.8 traces no other
 # descriptor of a module.)
-setattr(Options, "process_group", property(_held_group, _hold_group))  # noqa: B010
+setattr(Options, "process_group", property(lambda x: x._held_group.group, _hold_group))  # noqa: B010
 
 
 @dataclass(eq=False, repr=False)
@@ -183,11 +191,10 @@ class PenaltyOptions(Options):
         lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N,
         a number or a tensor; one: 1, as a number or a tensor.
         """
-        weights = one * self.lambda_inmodal, one * self.lambda_crossmodal
-        reference = self._reference
-        if reference is None:
-            return weights[0] / total, weights[1] / total
-        return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
+        factor = one / total
+        if self._reference is not None:
+            factor = factor * self._reference / total
+        return factor * self.lambda_inmodal, factor * self.lambda_crossmodal
 
 
 @dataclass(eq=False, repr=False)
@@ -195,7 +202,8 @@ class Module(PenaltyOptions, nn.Module):
     """The base of the modules. Options are attributes, and are checked when they are set."""
 
     def __post_init__(self) -> None:
-        nn.Module.__init__(self)
+        # nn.Module's. Called by its name, torch.compile would not trace it.
+        super(Options, self).__init__()
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""

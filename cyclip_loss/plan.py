@@ -9,6 +9,7 @@ import torch
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
+from cyclip_loss.numerics import is_traced
 from cyclip_loss.options import Options, PenaltyOptions
 
 # N / D up to which batches are dense. With D = 512 on a CPU, the streamed contrastive term takes
@@ -25,7 +26,8 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     options: `PenaltyOptions`, unless only log-sum-exps are wanted.
     """
     features = batch.image_features
-    engine = options.impl if batch.traced else engines.choose(options.impl, features)[0]
+    traced = is_traced(features)
+    engine = options.impl if traced else engines.choose(options.impl, features)[0]
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties, with_cross, centered = "none", False, False
     if isinstance(options, PenaltyOptions):
@@ -34,7 +36,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         elif output_dict or contrastive == "none":
             penalties = "zero"
         with_cross = options.needs_cross(output_dict)
-    if batch.traced:
+    if traced:
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
         # is one graph. On a GPU the operators choose the engine when they run.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
@@ -70,6 +72,6 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         with_cross,
         centered,
     )
-    if not batch.traced and _log.isEnabledFor(logging.DEBUG):
+    if not traced and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)
     return plan

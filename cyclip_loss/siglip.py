@@ -21,7 +21,7 @@ from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.engines import eager
 from cyclip_loss.inputs import agree, check_inputs_once, prepare
 from cyclip_loss.logits import Gradients, Logits
-from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.numerics import accumulation_dtype, is_traced, without_autocast
 from cyclip_loss.options import ContrastiveModule, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
@@ -119,7 +119,7 @@ class CySigLIPLoss(ContrastiveModule):
         grams = cyclic.start_grams(centered, plan)
         terms = {"contrastive_loss": elementwise_loss("sigmoid", batch, plan, started)}
         terms |= cyclic.terms(centered, plan, self, grams)
-        if not batch.traced:
+        if not is_traced(image_features):
             usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs())
             check_inputs_once(self, batch)
         return terms if output_dict else cyclic.total(terms.values())
@@ -141,7 +141,7 @@ def elementwise_loss(
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
-        inputs = (*logits, *others, batch.traced, plan)
+        inputs = (*logits, *others, plan)
         loss = _Elementwise.apply(bias, needs, function, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
     return cyclic.total(losses) / batch.total_pairs()
@@ -179,8 +179,8 @@ class _Elementwise(torch.autograd.Function):
     ) -> Tensor:
         logits = contrastive.start_streaming(ctx, *inputs)
         total: Tensor
-        total, *grads = elementwise_step.chosen(ctx.traced)(
-            function, logits, logit_bias, needs, ctx.own_columns, ctx.plan, ctx.ranks
+        total, *grads = elementwise_step(
+            logits, function, logit_bias, needs, ctx.own_columns, ctx.plan, ctx.ranks
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
@@ -198,8 +198,8 @@ def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) 
 
 
 def _step(
-    function: str,
     logits: Logits,
+    function: str,
     logit_bias: Tensor,
     needs: list[bool],
     own_columns: int,

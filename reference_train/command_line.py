@@ -1,6 +1,7 @@
 """What all command lines share: one-line errors, exit codes, and types of arguments."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -54,23 +55,27 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose help keeps the description's line breaks."""
+    """A parser whose errors are one line, and whose help keeps the description's line breaks.
+
+    Options can't be abbreviated.
+    """
 
     def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, formatter_class=formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raises `UsageError`."""
         raise UsageError(message)
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer of at least `minimum`."""
+def at_least(minimum: int, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """The type of an argument that is a finite number of at least `minimum`."""
 
-    def number(text: str) -> int:
-        if int(text) < minimum:
+    def number(text: str) -> Any:
+        if not minimum <= kind(text) < math.inf:  # NaN is not, either
             raise argparse.ArgumentTypeError(f"must be >= {minimum}, not {text}")
-        return int(text)
+        return kind(text)
 
     return number
 

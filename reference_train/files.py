@@ -1,4 +1,4 @@
-"""Writes files and folders whole or not at all."""
+"""Writes files and folders whole or not at all, and locks folders."""
 
 import contextlib
 import os
@@ -6,7 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .command_line import RunFailed, UsageError
+import filelock
+
+from .command_line import RunFailed, UsageError, first_line, say
+
+# The workers of a process that was killed hold its lock until they notice, after some seconds.
+PATIENCE = 10.0  # seconds
 
 
 @contextlib.contextmanager
@@ -15,14 +20,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises `RunFailed` if the file can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # a killed process leaves at most this one
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise RunFailed(f"{path} can't be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save raises RuntimeError on a full disk, and does not say why.
+        why = getattr(error, "strerror", None) or f"is the disk full? {first_line(error)}"
+        raise RunFailed(f"{path} can't be written: {why}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(content: str, path: Path) -> None:
@@ -35,8 +43,31 @@ def make_folder(path: Path) -> None:
     """Makes a folder (--out) unless it exists. Raises `UsageError` if it can't be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UsageError(f"--out: {path} can't be written: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder (--out), and locks it until the context or the process ends.
+
+    Raises `UsageError` if another process holds the lock for `PATIENCE` seconds, or the folder
+    can't be written.
+    """
+    make_folder(folder)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except filelock.Timeout as error:
+        why = "another process is writing to it: choose another --out or --name"
+        raise UsageError(f"{folder}: {why}") from error
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        say(f"{folder} can't be locked, so let no other process write to it: {error}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ class Loss(NamedTuple):
     title: str
     inmodal: bool = False  # whether it has the in-modal penalty
     crossmodal: bool = False  # whether it has the cross-modal penalty
-    views: str = ""  # the term that compares two views: "contrastive" or "geometric"; "": one view
+    views: bool = False  # whether it has the contrastive term of two views
     siglip: bool = False  # whether the contrastive term is SigLIP's; such a loss has one view
 
 
@@ -25,13 +25,12 @@ WITH_ONE_VIEW = {
     "i-cyclip": Loss("I-CyCLIP", inmodal=True),
 }
 WITH_VIEWS = {
-    f"{name}-views": loss._replace(title=f"{loss.title} + views", views="contrastive")
+    f"{name}-views": loss._replace(title=f"{loss.title} + views", views=True)
     for name, loss in WITH_ONE_VIEW.items()
 }
 LOSSES = {
     **WITH_ONE_VIEW,
     **WITH_VIEWS,
-    "geometric": Loss("Geometric", inmodal=True, crossmodal=True, views="geometric"),
     "siglip": Loss("SigLIP", siglip=True),
     "cysiglip": Loss("CySigLIP", inmodal=True, crossmodal=True, siglip=True),
     "c-cysiglip": Loss("C-CySigLIP", crossmodal=True, siglip=True),

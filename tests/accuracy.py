@@ -5,6 +5,7 @@ exceeds the bound that `rounding.py` derives for it.
 """
 
 from collections.abc import Callable, Iterable
+from math import log
 from typing import Any
 
 import torch
@@ -127,6 +128,8 @@ def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any
     options["reference_batch_size"] = case.reference_batch_size
     if case.function != "penalties":
         options |= case.id_options | across_ranks
+    if case.has_progress:
+        options["lambda_progress"] = True
     module = MODULES[case.function](*case.lambdas, **options)
     return lambda **given: module(**given, output_dict=case.output_dict)
 
@@ -151,6 +154,10 @@ def defined_terms(case: Case, given: Tensors) -> Tensors:
         reference_batch_size=case.reference_batch_size,
         centered=case.centered,
     )
+    if case.has_progress:
+        clip = terms[TERMS[0]].detach() * (1 + case.views)  # with views, a half of it is there
+        progress = (1 - clip / log(max(case.n, 2))).clamp(0, 1)
+        terms |= {name: progress * terms[name] for name in TERMS[1:]}
     if case.function == "siglip":
         terms[TERMS[0]] = reference.siglip_loss(**options, logit_bias=bias)
     elif case.function == "one way":

@@ -59,7 +59,9 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
     pairs = [x * case.weights.get(y, 0.0) for x, y in zip(penalty_weights, TERMS[1:], strict=True)]
     features = (exact[name] for name in FEATURES)
-    value, grad = penalty_bound(case, *features, *pairs, eps.penalties)
+    # With views, CLIP's loss and its error are halved.
+    progress_error = found[TERMS[0]] * (1 + case.views) / log(max(n, 2)) * case.has_progress
+    value, grad = penalty_bound(case, *features, *pairs, eps.penalties, progress_error)
     for name, penalty_weight in zip(TERMS[1:], penalty_weights, strict=True):
         found[name] = penalty_weight * value
     for name in FEATURES:
@@ -191,9 +193,11 @@ def gradient_sizes(
 
 
 def penalty_bound(
-    case: Case, image: Tensor, text: Tensor, a: float, b: float, eps: float
+    case: Case, image: Tensor, text: Tensor, a: float, b: float, eps: float, factor_error: Tensor
 ) -> list[Any]:
     """The rounding error of N P_in and N P_cross, and of the gradients of a N P_in + b N P_cross.
+
+    Each is multiplied by a factor from 0 to 1, which is off by at most `factor_error`.
 
     Each element of U and V is a sum or a difference of two given numbers, so only its last bit is
     inexact. For nearly aligned pairs V is small, and so are all errors. The oracle subtracts
@@ -207,7 +211,7 @@ def penalty_bound(
         sizes = image.abs() + text.abs() + means
         centering = torch.finfo(loss_dtype(case.dtype)).eps
     u, v = (x.abs() + centering * sizes for x in (image + text, image - text))
-    engine = (u, v, eps * growth(image.shape[1], eps))
+    engine = (u, v, eps * growth(image.shape[1], eps) + factor_error)
     centered = [(sizes, v, centering), (u, sizes, centering)]
     oracle = (sizes, sizes, FLOAT64)
     for u, v, precision in (engine, *centered, oracle):

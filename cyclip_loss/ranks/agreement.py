@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss.batch import Ranks
-from cyclip_loss.numerics import on_device_of
+from cyclip_loss.numerics import is_traced, on_device_of
 from cyclip_loss.options import Options
 from cyclip_loss.ranks.collectives import finish_gather, is_gloo_on_gpu, start_gather
 
@@ -26,13 +26,12 @@ def check_ranks_agree(
     signature: Mapping[str, Hashable],
     options: Options | None = None,
     uneven: bool = False,
-    traced: bool = False,
 ) -> dict[str, Ranks]:
     """Compare the call with the other ranks'; return the ranks with their numbers of rows, by name.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
-    while the call is `traced`.
+    while the call is traced.
 
     features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
     pairs this rank has, and how many extra negatives, by the arguments' names. signature: what else
@@ -49,6 +48,7 @@ def check_ranks_agree(
         "dtype": features.dtype,
         "the device type": features.device.type,
     }
+    traced = is_traced(features)
     # Older versions of torch.compile can't look up a group in a dictionary.
     if not uneven and (traced or _have_agreed(ranks, signature)):
         (pairs_name, num_pairs), *_ = num_rows.items()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cyclip_loss.batch import Ranks
-from cyclip_loss.numerics import on_device_of
+from cyclip_loss.numerics import is_traced, on_device_of
 
 _collectives: Any = torch.ops._c10d_functional
 
@@ -68,7 +68,7 @@ class _SumOfRanks(torch.autograd.Function):
         return grad * ctx.size, None
 
 
-def start_gather(features: Tensor, ranks: Ranks, traced: bool = False) -> Tensor | None:
+def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     """Start to gather all ranks' rows, for `finish_gather`; None in one process."""
     if ranks.size == 1:
         return None
@@ -76,7 +76,7 @@ def start_gather(features: Tensor, ranks: Ranks, traced: bool = False) -> Tensor
     # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can
     # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
-    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not traced):
+    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not is_traced(block)):
         out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
         gather = _collectives.all_gather_into_tensor_out
         return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]

@@ -38,7 +38,7 @@ from torch import Tensor
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics, SharedExponentials
-from cyclip_loss.numerics import without_autocast
+from cyclip_loss.numerics import is_traced, without_autocast
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
@@ -79,12 +79,12 @@ def start(batch: Batch, plan: Plan, symmetric: bool = False) -> list[Started]:
     for _, rows, columns, row_ids, column_ids, has_pairs, ranks in batch.comparisons:
         features = ids = None
         if gathers_columns:
-            features = collectives.start_gather(columns, ranks, batch.traced)
+            features = collectives.start_gather(columns, ranks)
         if column_ids is not None:
             if has_pairs and found:  # the ids of views are those of the pairs
                 ids = found[0].gathered_ids
             else:
-                ids = collectives.start_gather(column_ids, ranks, batch.traced)
+                ids = collectives.start_gather(column_ids, ranks)
             column_ids = column_ids.view_as(column_ids)  # torch.compile refuses a tensor twice
         offset = NO_PAIRS
         if has_pairs:
@@ -147,9 +147,9 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairL
     found: list[PairLogSumExps] = []
     for comparison, (logits, *others) in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
-            results = dense.log_sum_exps(logits, batch.traced)
+            results = dense.log_sum_exps(logits)
         else:
-            inputs = (*logits, *others, batch.traced, plan)
+            inputs = (*logits, *others, plan)
             results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
         if comparison.has_pairs:
             found.append(PairLogSumExps(*results))
@@ -175,9 +175,7 @@ class _LogSumExps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         logits = start_streaming(ctx, *inputs)
-        *results, row_max, values = logsumexp_forward.chosen(ctx.traced)(
-            logits, ctx.plan, ctx.ranks
-        )
+        *results, row_max, values = logsumexp_forward(logits, ctx.plan, ctx.ranks)
         ctx.save_for_backward(*logits[:5], results[0], row_max, values)
         return tuple(results if logits.positives else results[:2])
 
@@ -193,7 +191,9 @@ class _LogSumExps(torch.autograd.Function):
         # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
         # without negatives, every G_ij is left out.
         # Filling a number on a GPU would launch a kernel. Compiled code stays on one device.
-        one = torch.scalar_tensor(1, dtype=lse.dtype, device=lse.device if ctx.traced else "cpu")
+        one = torch.scalar_tensor(
+            1, dtype=lse.dtype, device=lse.device if is_traced(lse) else "cpu"
+        )
         unit = one.copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
@@ -205,9 +205,9 @@ class _LogSumExps(torch.autograd.Function):
         rows, pair_grad = lse[0], pair_grad.contiguous()
         columns = lse[1] if logits.symmetric else lse.new_empty(0)
         if logits.symmetric and STRATEGIES[ctx.plan.strategy].gathers_columns:
-            gathered = collectives.start_gather(columns, ctx.ranks, ctx.traced)
+            gathered = collectives.start_gather(columns, ctx.ranks)
             columns = collectives.finish_gather(gathered, columns, ctx.ranks)
-        grads = contrastive_backward.chosen(ctx.traced)(
+        grads = contrastive_backward(
             logits,
             SavedStatistics(rows, columns, pair_grad, unit),
             SharedExponentials(row_max, values),
@@ -224,10 +224,10 @@ class _LogSumExps(torch.autograd.Function):
 def start_streaming(ctx: Any, *inputs: Any) -> Logits:
     """The logits, with the columns of all ranks if they were gathered.
 
-    inputs: the fields of `Logits` and the others of `Started`, `Batch.traced` and the plan. ctx
+    inputs: the fields of `Logits` and the others of `Started`, and the plan. ctx
     gets what backward needs beside tensors.
     """
-    *fields, features, ids, ctx.ranks, ctx.traced, ctx.plan = inputs
+    *fields, features, ids, ctx.ranks, ctx.plan = inputs
     rows, columns, scale, row_ids, column_ids, *layout = fields
     ctx.layout, ctx.own_columns = layout, columns.shape[0]
     columns = collectives.finish_gather(features, columns, ctx.ranks)

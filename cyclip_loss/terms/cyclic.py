@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
-from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.numerics import accumulation_dtype, is_traced, without_autocast
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
@@ -49,7 +49,7 @@ def centered(batch: Batch, plan: Plan) -> Batch:
         own = torch.cat((sums, sums.new_full((1,), pair.shape[0])))
         summed = collectives.all_reduce(own, "sum", batch.ranks)
     images, texts = (pair - summed[:-1] / summed[-1]).chunk(2, dim=1)
-    return Batch(images, texts, batch.ranks, batch.traced)
+    return Batch(images, texts, batch.ranks)
 
 
 def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
@@ -61,7 +61,7 @@ def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
     if plan.penalties != "gram":
         return None
     with torch.no_grad():
-        grams: Tensor = gram_matrices.chosen(batch.traced)(
+        grams: Tensor = gram_matrices(
             batch.image_features, batch.text_features, plan.with_cross, plan.engine
         )
     if batch.ranks.size == 1:
@@ -93,7 +93,7 @@ def terms(
             summed = collectives.wait(grams)
             grams, total = summed[:-1].view(-1, d, d), summed[-1]
         differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, batch.ranks.size, batch.traced, plan.engine
+            image_features, text_features, grams, batch.ranks.size, plan.engine
         )
         weights = _weights(batch, options, total)
         penalties = penalties_of(differentiable, weights, plan.output_dict)
@@ -116,8 +116,8 @@ def _weights(batch: Batch, options: PenaltyOptions, total: Any) -> tuple[Any, An
     """The weights of N * P_in and N * P_cross, as numbers or tensors."""
     one: Any = 1.0
     # torch.compile would make constants of numbers that are combined with each other.
-    if batch.traced:
-        features = batch.image_features
+    features = batch.image_features
+    if is_traced(features):
         one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
     return options.weights(total, one)
 
@@ -135,11 +135,10 @@ class _GramMatrices(torch.autograd.Function):
         text_features: Tensor,
         grams: Tensor,
         size: int,
-        traced: bool,
         engine: str,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(image_features, text_features)
-        ctx.size, ctx.traced, ctx.engine = size, traced, engine
+        ctx.size, ctx.engine = size, engine
         return grams.unbind()
 
     @staticmethod
@@ -148,8 +147,8 @@ class _GramMatrices(torch.autograd.Function):
         if ctx.size > 1:  # DDP averages
             grads = [x * ctx.size for x in grads]
         needs = list(ctx.needs_input_grad[:2])
-        found = cyclic_grads.chosen(ctx.traced)(*ctx.saved_tensors, grads, needs, ctx.engine)
-        return (*found, None, None, None, None)
+        found = cyclic_grads(*ctx.saved_tensors, grads, needs, ctx.engine)
+        return (*found, None, None, None)
 
 
 def penalties_of(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.logits import Logits
-from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.numerics import accumulation_dtype, is_traced, without_autocast
 
 
-def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
+def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     """The log-sum-exps of the negatives of the pairs' rows and columns, and the pairs' logits.
 
     Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i; if
@@ -34,7 +34,7 @@ def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
         # Mask without autograd. A masked element has no gradient: its exponential is 0 or, in a row
         # without negatives, the upstream gradient is. Not while compiling: Inductor (PyTorch 2.13)
         # would drop the gradient of the pair logits in batches of 3 or 4 pairs.
-        masked = negatives if traced else detached
+        masked = negatives if is_traced(row_features) else detached
         diagonal = masked.diagonal()
         # NaN for an infinite pair logit, which would look perfectly matched.
         pair_logits = negatives.diagonal().add(diagonal.detach(), alpha=0)

@@ -6,7 +6,6 @@ Python function otherwise, because PyTorch's dispatcher takes about 18 microseco
 """
 
 from collections.abc import Callable
-from functools import partial
 from inspect import Parameter, Signature
 from itertools import islice
 from types import SimpleNamespace
@@ -15,6 +14,8 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 from torch.library import custom_op
+
+from cyclip_loss.numerics import is_traced
 
 
 class Operator:
@@ -60,13 +61,14 @@ class Operator:
         self.operator: Any = custom_op(f"cyclip_loss::{name}", on_values, mutates_args=())
         self.operator.register_fake(lambda *values: fake(SimpleNamespace(**arguments(values))))
 
-    def chosen(self, traced: bool) -> Callable[..., Any]:
-        """What to call: the operator if the call is traced, else the function."""
-        if traced:
-            return self._call_operator
-        return partial(call_backward, self.function) if torch.is_grad_enabled() else self.function
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the operator while the call is traced, else the function.
 
-    def _call_operator(self, *arguments: Any) -> Any:
+        The first argument is a tensor of features, or a record that begins with one.
+        """
+        first = arguments[0]
+        if not is_traced(first if isinstance(first, Tensor) else first[0]):
+            return call_backward(self.function, *arguments)
         values: list[Any] = []
         for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
             # Not `+=`: PyTorch 2.11 cannot trace it with a record.

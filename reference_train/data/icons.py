@@ -2,7 +2,8 @@
 
 It takes about eight minutes to draw the icons of npm's `@iconify/json` (104 MB). The folder gets
   train-*.tar    WebDataset shards to train on
-  val-*.tar      shards of held-out icons, whose names no training shard has
+  val-*.tar      shards of held-out icons, whose names no training shard has; their classes are in
+                 classnames.txt, so that `evaluate --data` reads the folder
   sizes.json     the number of pairs in each shard, as OpenCLIP reads it
   manifest.json  the icon sets, their authors and licences, and which icons are left out and why
 """
@@ -24,12 +25,13 @@ import torch
 import webdataset as wds
 from rich.progress import track
 
-from ..command_line import Parser, run, whole_number
+from ..command_line import Parser, RunFailed, at_least, first_line, run
 from ..files import new_folder
 from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
 
 SAMPLES_PER_SHARD = 5000
 CHUNK = 64  # icons in a task of the process pool
+PROMPTS = "{c}\na drawing of {c}\na picture of {c}\nan icon of {c}"  # for zero-shot classification
 PICTURES_OF_A_NAME = {"train": 40, "val": 1}  # at most
 
 
@@ -40,12 +42,15 @@ def main(argv: Sequence[str]) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     text = "the file that `npm pack @iconify/json` downloads; default: it is downloaded"
     add("--package", type=Path, metavar="FILE", help=text)
-    add("--limit", type=whole_number(1), metavar="N", help="draw N icons, picked at random")
+    add("--limit", type=at_least(1), metavar="N", help="draw N icons, picked at random")
     arguments = parser.parse_args(argv)
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or Path(temporary) / "icons.tgz"
         if not arguments.package:
-            torch.hub.download_url_to_file(URL, str(archive), SHA256)
+            try:
+                torch.hub.download_url_to_file(URL, str(archive), SHA256)
+            except Exception as error:  # without a network, of another file, ...
+                raise RunFailed(f"{URL} can't be downloaded: {first_line(error)}") from error
         built = build(archive, folder, arguments.limit)
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}
@@ -65,7 +70,6 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
     icons = icons[:limit]
     # Part -> name -> number of its pictures.
     names: dict[str, Counter[str]] = {part: Counter() for part in PICTURES_OF_A_NAME}
-    used_icons: Counter[str] = Counter()  # of each set
     sizes: Counter[str] = Counter()  # the number of pairs in each shard
     # mtime=0: every run writes the same bytes. A fractional time would need an extra header.
     writer = partial(wds.ShardWriter, maxcount=SAMPLES_PER_SHARD, mtime=0, verbose=0)
@@ -80,28 +84,23 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
             names[part][icon.name] += 1
-            used_icons[icon.set] += 1
             text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
             key = icon.key.replace(".", "_")
-            sample: dict[str, Any] = {"__key__": key, "png": png, "txt": text}
+            sample = {"__key__": key, "png": png, "txt": text}
             if part == "val":  # training does not read it, and is slower with more files in a tar
-                sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
+                sample["cls"] = str([*names["val"]].index(icon.name))
             shards = train if part == "train" else val
             shards.write(sample)
             sizes[Path(shards.fname).name] += 1
     (out / "sizes.json").write_text(json.dumps(sizes))
+    (out / "classnames.txt").write_text("\n".join(names["val"]))
+    (out / "zeroshot_classification_templates.txt").write_text(PROMPTS)
     return {
         "pairs": {part: sum(names[part].values()) for part in names},
         "left_out": dict(left_out.most_common()),
         "sets": {
-            prefix: {
-                "title": info["name"],
-                "author": info["author"],
-                "licence": licence(info),
-                "icons": used_icons[prefix],
-            }
+            prefix: {"title": info["name"], "author": info["author"], "licence": licence(info)}
             for prefix, info in sets.items()
-            if used_icons[prefix]
         },
     }
 

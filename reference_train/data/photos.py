@@ -28,7 +28,6 @@ import webdataset as wds
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from rich.progress import track
-from timm.data.imagenet_info import ImageNetInfo
 
 from ..command_line import Parser, RunFailed, first_line, run
 from ..evaluate import paper
@@ -81,7 +80,9 @@ class Repository:
         found = git("-C", self.folder, "cat-file", "--batch", stdin="\n".join(blobs))
         output = io.BytesIO(found)
         for _ in blobs:
-            size = output.readline().split()[-1]  # NAME blob SIZE
+            *_, size = output.readline().split()  # NAME blob SIZE, or NAME missing
+            if size == b"missing":
+                raise RunFailed(f"{self.folder} is not a whole clone: delete it")
             yield output.read(int(size))
             output.read(1)
 
@@ -174,9 +175,9 @@ def tiny_imagenet(repository: Repository) -> Parts:
 
 def class_names(identifiers: Sequence[str]) -> dict[str, str]:
     """The texts of ImageNet's classes: "n01443537" -> "a photo of a goldfish, fish"."""
-    superclass = paper.imagenet_superclasses()
-    index = {x: ImageNetInfo("imagenet-1k").label_names().index(x) for x in identifiers}
-    return {x: f"a photo of a {IMAGENET_CLASSNAMES[i]}, {superclass[i]}" for x, i in index.items()}
+    superclass = paper.IMAGENET["superclass"]
+    name = dict(zip(superclass.index, IMAGENET_CLASSNAMES, strict=True))
+    return {x: f"a photo of a {name[x]}, {superclass[x]}" for x in identifiers}
 
 
 def write(pattern: str, photos: list[Photo], repository: Repository, out: Path) -> dict[str, Any]:

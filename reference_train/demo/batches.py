@@ -52,10 +52,7 @@ class EmojiBatches:
         tokens = tokenize([text for kinds in captions for kind in kinds for text in kind])
         self.tokens = tokens.view(len(concepts), -1, tokens.shape[1])  # (concepts, captions, L)
         counts = [len(kind) for kind in captions[0]]
-        shares = [
-            [share / count] * count for share, count in zip(CAPTION_SHARES, counts, strict=True)
-        ]
-        self.cumulative_shares = np.cumsum(np.concatenate(shares))
+        self.shares = np.repeat(np.divide(CAPTION_SHARES, counts), counts)
         self.batch_size, self.seed = batch_size, seed
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +67,7 @@ class EmojiBatches:
         concepts = order[index * n : (index + 1) * n]
         rng = np.random.default_rng([self.seed, epoch, index])
         indices = self.image_indices[concepts, rng.integers(num_styles, size=n)]
-        captions = np.searchsorted(self.cumulative_shares[:-1], rng.random((2, n)), side="right")
+        captions = rng.choice(len(self.shares), (2, n), p=self.shares)
         return self.images[torch.from_numpy(indices)], self.tokens[concepts, captions]
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..command_line import Parser, UsageError, add_device, whole_number
+from ..command_line import Parser, UsageError, add_device, at_least
 from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
 from ..evaluate.checkpoints import default_precision
 from ..evaluate.demonstration import DATASETS, open_dataset, training_pairs
 from ..evaluate.metrics import feature_means, measure
-from ..files import write_text
+from ..files import locked, write_text
 from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
 from ..runs import PARAMETERS, code_version
 from .batches import EmojiBatches
@@ -52,14 +52,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--loss", nargs="+", choices=LOSSES, default=["clip", "cyclip"], help="default: clip cyclip"
     )
-    add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
+    add("--seeds", type=at_least(1), default=1, metavar="N", help="runs of each loss")
     text = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=text)
-    add("--steps", type=whole_number(1), metavar="N", help="training steps; default: the preset's")
+    add("--steps", type=at_least(1), metavar="N", help="training steps; default: the preset's")
     text = "concepts in a batch; default: the preset's, 256"
-    add("--batch-size", type=whole_number(1), metavar="N", help=text)
+    add("--batch-size", type=at_least(1), metavar="N", help=text)
     text = f"λ of each penalty that the loss has; default: {PENALTY_WEIGHT}"
-    add("--lambda", type=float, metavar="W", dest="penalty_weight", help=text)
+    add("--lambda", type=at_least(0, float), metavar="W", dest="penalty_weight", help=text)
     text = "multiply the penalties by the progress of CLIP's loss"
     add("--lambda-progress", action="store_true", default=None, help=text)
     add_device(parser)
@@ -74,6 +74,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Trains what is not trained yet, evaluates it, and writes the table."""
     arguments = parse_arguments(argv)
+    with locked(arguments.out):
+        train_missing(arguments, argv)
+
+
+def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """As `main`, in a folder that no other process writes to."""
     out = arguments.out
     given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
     series = "".join(f"{value:g}-{OPTIONS[name]}-" for name, value in given.items())
@@ -114,13 +120,12 @@ def main(argv: Sequence[str]) -> None:
         if LOSSES[loss].siglip:
             config.logit_scale, logit_bias = SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS
         torch.manual_seed(seed)
-        clip = build_model(name, config.logit_scale, arguments.device, logit_bias)
+        clip = build_model(config.logit_scale, arguments.device, logit_bias)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
         describe_model(config, out / name)
-        trained = train(config, clip, batches, out / name)
-        result.setdefault("history", {})[name] = trained.pop("history")
-        result["checkpoints"][name] = {**vars(config), **trained}
+        seconds = train(config, clip, batches, out / name)
+        result["checkpoints"][name] = {**vars(config), "seconds": seconds}
         clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {
             dataset: measure(clip, data) for dataset, data in datasets.items()

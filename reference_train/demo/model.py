@@ -35,9 +35,7 @@ def preprocess(image: Any) -> Tensor:
     return normalize(functional.resize(pixels, [IMAGE_SIZE, IMAGE_SIZE], antialias=False))[0]
 
 
-def build_model(
-    name: str, logit_scale: float, device: torch.device, logit_bias: float | None = None
-) -> Clip:
+def build_model(logit_scale: float, device: torch.device, logit_bias: float | None = None) -> Clip:
     """A model with random weights from torch's global generator.
 
     logit_scale: the initial scale, exponentiated. logit_bias: the initial bias; None: no bias.
@@ -49,7 +47,6 @@ def build_model(
         output_dict=True,
     )
     return Clip(
-        name,
         model.to(device, memory_format=torch.channels_last),
         preprocess,
         open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH),

@@ -3,7 +3,6 @@
 import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from open_clip_train.scheduler import cosine_lr
 from rich.progress import track
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss
 
 from ..command_line import RunFailed
 from ..evaluate.checkpoints import DEMONSTRATION, Clip
@@ -32,36 +30,13 @@ REFERENCE_BATCH_SIZE = 256
 WARMUP_SHARE = 0.1  # of all steps
 
 
-def between_views_loss(
-    image_features: Sequence[Tensor], text_features: Sequence[Tensor], loss_fn: CyCLIPLoss
-) -> Tensor:
-    """The term that geometric consistency adds to CyCLIP (Jiang et al. 2023).
-
-    image_features, text_features: the features of the first and of the second views, (N, D) each.
-    loss_fn: its λ and its reference batch size are those of this term.
-    """
-    inmodal_penalty = CyclicPenalty(
-        loss_fn.lambda_inmodal,
-        lambda_crossmodal=0,
-        reference_batch_size=loss_fn.reference_batch_size,
-    )
-    first_similarities, second_similarities = (
-        (image * text).sum(dim=1)  # of each pair
-        for image, text in zip(image_features, text_features, strict=True)
-    )
-    pair_gap = F.mse_loss(first_similarities, second_similarities)
-    penalties = inmodal_penalty(*image_features) + inmodal_penalty(*text_features)
-    return penalties + loss_fn.lambda_inmodal * pair_gap
-
-
-def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> dict[str, Any]:
+def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> float:
     """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
 
     config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size,
         lambda_progress, and the initial logit_scale (exponentiated).
 
-    Returns {"seconds": float, "history": [the metrics of each step]}. Raises `RunFailed` if the
-    loss is not finite.
+    Returns the seconds it took. Raises `RunFailed` if the loss is not finite.
     """
     model, loss = clip.model, LOSSES[config.loss]
     loss_fn = build_loss(config, loss)
@@ -70,31 +45,25 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> di
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
     warmup = max(1, round(WARMUP_SHARE * config.steps))
     set_learning_rate = cosine_lr(optimizer, config.lr, warmup, config.steps)
-    history: list[dict[str, float]] = []
     began = time.monotonic()
 
     model.train()
     for step in track(range(config.steps), config.name):
         set_learning_rate(step)
         pixels, tokens = model_inputs(config, clip, data, step)
-        terms, logits = compute_terms(clip, loss, loss_fn, pixels, tokens)
-        total: Any = sum(terms.values())
+        total = compute_loss(clip, loss, loss_fn, pixels, tokens)
         optimizer.zero_grad()
         total.backward()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        values = {"loss": total, **terms, **logits, "gradient_norm": gradient_norm}
-        history.append(
-            {"step": step + 1, **{name: x.detach().item() for name, x in values.items()}}
-        )
-        if not math.isfinite(last_loss := history[-1]["loss"]):
+        if not math.isfinite(last_loss := total.item()):
             raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {step + 1}")
     model.eval()
     with atomic_write(folder / DEMONSTRATION) as temporary:
         torch.save({"config": vars(config), "state_dict": model.state_dict()}, temporary)
-    return {"seconds": time.monotonic() - began, "history": history}
+    return time.monotonic() - began
 
 
 def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
@@ -123,23 +92,18 @@ def model_inputs(
     return torch.cat(pixels), tokens[:views].flatten(0, 1)
 
 
-def compute_terms(
-    clip: Clip, loss: Loss, loss_fn: Any, pixels: Tensor, tokens: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weighted terms of the loss; and the logit scale and, if the model has one, the bias."""
+def compute_loss(clip: Clip, loss: Loss, loss_fn: Any, pixels: Tensor, tokens: Tensor) -> Tensor:
+    """The loss of a batch."""
     with clip.autocast():
         output = clip.model(pixels, tokens)
     # For each view (N, D).
     image_features, text_features = (
         output[name].chunk(2 if loss.views else 1) for name in ("image_features", "text_features")
     )
-    # The model returns its bias itself, and the optimizer step changes it.
-    logits = {name: x.clone() for name, x in output.items() if name.startswith("logit_")}
-    options: dict[str, Any] = {**logits, "output_dict": True}
-    if loss.views == "contrastive":
+    # The scale and, if the model has one, the bias.
+    options = {name: x for name, x in output.items() if name.startswith("logit_")}
+    if loss.views:
         options["augmented_image_features"] = image_features[1]
         options["augmented_text_features"] = text_features[1]
-    terms = loss_fn(image_features[0], text_features[0], **options)
-    if loss.views == "geometric":
-        terms["between_views_loss"] = between_views_loss(image_features, text_features, loss_fn)
-    return terms, logits
+    total: Tensor = loss_fn(image_features[0], text_features[0], **options)
+    return total

@@ -121,6 +121,8 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
             f"{file}: no {PARAMETERS} of a run beside it: pass --model ({RELEASED_MODEL} for "
             "checkpoints of the CyCLIP authors)"
         )
+    if model is None and ":" in str(name):
+        raise UsageError(f"{file}: {PARAMETERS} names a model to download: pass --model {name}")
     if name not in open_clip.list_models():
         # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
         open_clip.add_model_config(parameters.get("model_config") or folder)
@@ -151,8 +153,7 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     loss = loss if loss in LOSSES else None
     if "lambda_inmodal" in parameters:
         penalties = [parameters[f"lambda_{name}"] > 0 for name in ("inmodal", "crossmodal")]
-        views = "contrastive" if parameters.get("views") else ""
-        settings = (*penalties, views, bool(parameters.get("siglip")))
+        settings = (*penalties, *(bool(parameters.get(name)) for name in ("views", "siglip")))
         loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)
     return {"loss": loss, "seed": parameters.get("seed"), "commit": parameters.get("commit")}
 
@@ -166,7 +167,6 @@ def default_precision(device: torch.device) -> str:
 class Clip:
     """A model in evaluation mode, with its preprocessing, device and precision."""
 
-    title: str
     model: Any  # an OpenCLIP module
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
@@ -215,7 +215,7 @@ class Clip:
                 num_classes_per_batch=max(1, TEXT_BATCH_SIZE // len(templates)),
                 device=self.device,
             )
-        return self._finite(weights.T.float().cpu())
+        return finite(weights.T.float().cpu())
 
     def _encode(self, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
         """The features of all batches, float32, on the CPU."""
@@ -223,13 +223,14 @@ class Clip:
         for batch in batches:
             with torch.inference_mode(), self.autocast():
                 features.append(encode(batch.to(self.device)).float().cpu())
-        return self._finite(torch.cat(features))
+        return finite(torch.cat(features))
 
-    def _finite(self, features: Tensor) -> Tensor:
-        """Returns the features. Raises `RunFailed` if they are not finite."""
-        if not features.isfinite().all():
-            raise RunFailed(f"{self.title}: features are not finite")
-        return features
+
+def finite(features: Tensor) -> Tensor:
+    """Returns the features. Raises `RunFailed` if they are not finite."""
+    if not features.isfinite().all():
+        raise RunFailed("features are not finite")
+    return features
 
 
 def read_batch(images: Images, preprocess: Callable[[Any], Tensor], indices: list[int]) -> Tensor:
@@ -256,6 +257,4 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
     except Exception as error:  # OpenCLIP and PyTorch raise many types of errors
         message = " ".join(str(error).split())[:300]
         raise UsageError(f"{checkpoint.weights} as {checkpoint.model}: {message}") from error
-    return Clip(
-        checkpoint.title, model.eval().to(device), preprocess, tokenizer, device, **settings
-    )
+    return Clip(model.eval().to(device), preprocess, tokenizer, device, **settings)

@@ -6,10 +6,10 @@ the paper's datasets only.
 """
 
 import io
-import json
-import pkgutil
+import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
-from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -39,11 +38,11 @@ class Unusable(Exception):
 class Images:
     """Images by index, for a `torch.utils.data.DataLoader`.
 
-    places: for each image its file, its place in a tar file (the file, the member's name, offset
-    and size), or its pixels (3, S, S) uint8.
+    places: for each image its pixels (3, S, S) uint8, or its place in a file: the file, the name
+    (in a tar file), the offset and the size.
     """
 
-    def __init__(self, places: Tensor | Sequence[Path | tuple[Path, str, int, int]]):
+    def __init__(self, places: Tensor | Sequence[tuple[Path, str, int, int]]):
         self.places = places
 
     def __len__(self) -> int:
@@ -54,14 +53,23 @@ class Images:
         place = self.places[index]
         if isinstance(place, Tensor):
             return Image.fromarray(place.permute(1, 2, 0).contiguous().numpy())
-        shard, name, offset, size = place if isinstance(place, tuple) else (place, "", 0, -1)
+        path, name, offset, size = place
         try:
-            with shard.open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(offset)
                 with Image.open(io.BytesIO(file.read(size))) as image:
                     return image.convert("RGB")
         except Exception as error:  # Pillow raises SyntaxError for a broken PNG, for example
-            raise Unusable(f"{shard} {name}: {first_line(error)}") from error
+            raise Unusable(f"{path} {name}: {first_line(error)}") from error
+
+    def identity(self) -> object:
+        """What tells these images from others without reading files, whatever their folder.
+
+        Other pictures of the same sizes under the same names are taken for the same.
+        """
+        if isinstance(self.places, Tensor):
+            return zlib.crc32(self.places.numpy().tobytes())
+        return [(path.name, *place) for path, *place in self.places]
 
 
 @dataclass
@@ -103,7 +111,7 @@ LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
 
 
 def find(roots: Sequence[Path]) -> dict[str, Opener]:
-    """The datasets in `roots`, the paper's first. Prints which files and folders are not used.
+    """The datasets in `roots`, by name. Prints which files and folders are not used.
 
     roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
     earlier one. Hidden files, and the manifest that `data.photos` writes, are not printed.
@@ -116,17 +124,14 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
                 found[known[0]] = known[1]
             elif not re.match(r"\.|manifest\.json", path.name):
                 say(f"{path}: no dataset, or of the same name as another one")
-    return {name: found[name] for name in [*paper.SETS, *found] if name in found}
+    return found
 
 
 def recognise(folder: Path) -> tuple[str, Opener] | None:
     """The name of the dataset in a folder, and its opener; None if there is no dataset."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
-    if (folder / "test" / "0.tar").is_file():
-        return name, partial(open_tars, folder, name)
-    if next(folder.glob("val-*.tar"), None) is not None:
-        return name, partial(open_icons, folder)
-    return None
+    known = (folder / "test" / "0.tar").is_file() or any(folder.glob("val-*.tar"))
+    return (name, partial(open_tars, folder, name)) if known else None
 
 
 def open_emoji() -> Dataset:
@@ -180,7 +185,7 @@ def open_folders(folder: Path, name: str) -> Dataset:
 def class_folders(path: Path) -> tuple[LabelledImages, list[str]]:
     """The images of a folder for each class with their labels, and the names of the folders."""
     found = ImageFolder(path, allow_empty=True)
-    images = Images([Path(file) for file, _ in found.samples])
+    images = Images([(Path(file), "", 0, os.path.getsize(file)) for file, _ in found.samples])
     return (images, torch.tensor(found.targets)), found.classes
 
 
@@ -203,7 +208,7 @@ class TarImages(Images):
                             continue
                         place = (shard, image.name, image.offset_data, image.size)
                         self.samples.append({"image": place})
-                        for extension in files.keys() & {"cls", "txt", "json"}:
+                        for extension in files.keys() & {"cls", "txt"}:
                             content: Any = tar.extractfile(files[extension])
                             self.samples[-1][extension] = content.read().decode("utf-8").strip()
             except (OSError, tarfile.TarError) as error:
@@ -222,20 +227,19 @@ def open_tars(folder: Path, name: str) -> Dataset:
     """A dataset in the layout of https://github.com/LAION-AI/CLIP_benchmark:
 
     test/0.tar, 1.tar, ...   samples of an image and .cls (the number of a class) or .txt
-                             (captions, one on each line)
+                             (captions, one on each line); or val-*.tar, as `data.icons` writes
     test/nshards.txt         the number of tar files; it may be missing
     train/...                the same as test; it may be missing
     classnames.txt           the name of each class
     zeroshot_classification_templates.txt
                              prompts, with {c} for the class; it may be missing
-    dataset_type.txt         "retrieval", "multilabel", or missing
+
+    Images with several labels each (.npy) are not evaluated.
     """
-    if "multilabel" in read_lines(folder / "dataset_type.txt"):
-        raise Unusable("images with several labels each are not evaluated")
-    images = TarImages(shards(folder / "test"))
+    images = TarImages(shards(folder / "test") or sorted(folder.glob("val-*.tar")))
     labels, texts, data = read_classes(images), images.texts("txt"), Dataset(images)
     if labels is None and texts is None:
-        raise Unusable(f"the samples of {folder / 'test'} have neither .cls nor .txt")
+        raise Unusable(f"the samples of {folder} have neither .cls nor .txt")
     if labels is not None:
         names = read_lines(folder / "classnames.txt")
         if not names:
@@ -269,17 +273,6 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
 
 
-def open_icons(folder: Path) -> Dataset:
-    """Held-out icons, `val-*.tar` with png, txt and json. The classes are their names."""
-    images = TarImages(sorted(folder.glob("val-*.tar")))
-    captions, infos = images.texts("txt"), images.texts("json")
-    if captions is None or infos is None:
-        raise Unusable(f"the samples of {folder}/val-*.tar lack .txt or .json")
-    names, labels = number_words([json.loads(info)["name"] for info in infos])
-    task = Classes(labels, names, DRAWING_TEMPLATES)
-    return Dataset(images, {"": task}, [[caption] for caption in captions])
-
-
 def classification(
     folder: Path,
     name: str,
@@ -307,11 +300,10 @@ def classification(
         if name.startswith("imagenet") and imagenet_numbers is None:
             imagenet_numbers = imagenet_classes(name, names)
     if imagenet_numbers is not None:
-        of_all = paper.imagenet_superclasses()
-        superclasses = [of_all[number] for number in imagenet_numbers]
+        superclasses = paper.IMAGENET["superclass"].iloc[imagenet_numbers]
     elif name == "cifar100":
-        superclasses = paper.cifar100_superclasses()
-    superclass = number_words(superclasses)[1] if superclasses else None
+        superclasses = paper.CIFAR100["superclass"]
+    superclass = None if superclasses is None else number_words(superclasses)[1]
     classes = Classes(test[1], names, templates, superclass)
     train_split = None if train is None else (train[0], {"": train[1]})
     return Dataset(test[0], {"": classes}, train=train_split)
@@ -324,10 +316,9 @@ def imagenet_classes(name: str, names: Sequence[str]) -> list[int]:
     `Unusable` if the class names are in another order, because the labels would get superclasses
     of other classes. Names that are not ImageNet's, such as translations, are not checked.
     """
-    numbers = list(range(1000))
-    if name in ("imagenet-a", "imagenet-r"):
-        subset = pkgutil.get_data("timm.data", f"_info/{name.replace('-', '_')}_indices.txt")
-        numbers = [int(number) for number in (subset or b"").split()]
+    # The other datasets have all classes.
+    has_class = paper.IMAGENET.get(name, default=[True] * 1000)
+    numbers = np.flatnonzero(has_class).tolist()
     for label, (found, number) in enumerate(zip(names, numbers, strict=True)):
         wanted = IMAGENET_CLASSNAMES[number]
         if found != wanted and found in IMAGENET_CLASSNAMES:
@@ -340,9 +331,8 @@ def imagenet_classes(name: str, names: Sequence[str]) -> list[int]:
 
 def imagenet_folders(path: Path, folders: Sequence[str]) -> list[int]:
     """The class numbers of folders whose names are WordNet identifiers or class numbers."""
-    identifiers = ImageNetInfo("imagenet-1k").label_names()
-    number_of = {identifier: number for number, identifier in enumerate(identifiers)}
-    number_of |= {str(number): number for number in range(len(identifiers))}
+    number_of = {key: i for i, key in enumerate(paper.IMAGENET.index)}
+    number_of |= {str(i): i for i in range(len(number_of))}
     if unknown := [folder for folder in folders if folder not in number_of]:
         raise Unusable(
             f"{path / unknown[0]}: the folder's name should be a WordNet identifier (n01440764) or "

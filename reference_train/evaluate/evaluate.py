@@ -9,8 +9,9 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
-from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
+from ..command_line import Parser, RunFailed, UsageError, add_device, at_least, say
 from ..data.emoji import read_emoji
+from ..files import locked
 from . import demonstration, records, report
 from .checkpoints import (
     DEMONSTRATION,
@@ -64,10 +65,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--linear-probe", action="store_true", help=text)
     add_device(parser)
     add("--precision", choices=["fp32", "amp", "amp_bf16"], help="default: amp_bf16 on cuda")
-    add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
+    add("--batch-size", type=at_least(1), default=256, metavar="N", help="default %(default)s")
     workers = min(8, os.cpu_count() or 1)
     text = "processes that decode images; default, on this machine: %(default)s"
-    add("--workers", type=whole_number(0), default=workers, metavar="N", help=text)
+    add("--workers", type=at_least(0), default=workers, metavar="N", help=text)
     add("--out", type=Path, default="runs/evaluation", metavar="DIR", help="default %(default)s")
     arguments = parser.parse_args(argv)
     arguments.precision = arguments.precision or default_precision(arguments.device)
@@ -90,28 +91,29 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_arguments(argv)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
-    settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
-    result = records.start(arguments.out, settings, ["evaluate", *argv], arguments.device)
-    failed = result["failed"] = dict[str, str]()
-    datasets = open_all(arguments, failed)
-    for name, data in datasets.items():
-        if result["data_sets"].get(name) != (described := records.describe(data)):
-            result["data_sets"][name] = described
-            for results in result["results"].values():
-                results.pop(name, None)  # of another dataset
-    for checkpoint in checkpoints:
-        title, source = checkpoint.title, checkpoint.source
-        stored = result["checkpoints"].get(title, source)
-        if not source.items() <= stored.items():
-            say(f"{title}: measured again, because its earlier results are of other weights")
-            result["results"].pop(title, None)
-        done = result["results"].get(title, {})
-        if missing := {name: data for name, data in datasets.items() if name not in done}:
-            evaluate(result, checkpoint, missing, arguments)
-    if not any(result["results"].values()):
-        raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
-    records.save(result, arguments.out)
-    report.write(result, arguments.out)
+    with locked(arguments.out):
+        settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
+        result = records.start(arguments.out, settings, ["evaluate", *argv], arguments.device)
+        failed = result["failed"] = dict[str, str]()
+        datasets = open_all(arguments, failed)
+        for name, data in datasets.items():
+            if result["data_sets"].get(name) != (described := records.describe(data)):
+                result["data_sets"][name] = described
+                for results in result["results"].values():
+                    results.pop(name, None)  # of another dataset
+        for checkpoint in checkpoints:
+            title, source = checkpoint.title, checkpoint.source
+            stored = result["checkpoints"].get(title, source)
+            if not source.items() <= stored.items():
+                say(f"{title}: measured again, because its earlier results are of other weights")
+                result["results"].pop(title, None)
+            done = result["results"].get(title, {})
+            if missing := {name: data for name, data in datasets.items() if name not in done}:
+                evaluate(result, checkpoint, missing, arguments)
+        if not any(result["results"].values()):
+            raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
+        records.save(result, arguments.out)
+        report.write(result, arguments.out)
     if failed:
         raise RunFailed(f"not in the table: {join_reasons(failed)}")
 

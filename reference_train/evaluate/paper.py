@@ -3,11 +3,10 @@
 `datasets.csv` has the datasets: first those of the zero-shot table, then those of linear probes
 only. A number of images is 0 if it is not known.
 `published.csv` has the numbers. Its columns are the dataset; the metric; the source, as the table's
-heading shows it; the training pairs, only in rows of the source `DATA_SIZE`; a number in % for each
-model; the mark, a key of `MARKS`; where the number was read; and a note.
+heading shows it; a number in % for each model; the mark, a key of `MARKS`; where the number was
+read; and a note. Nothing reads `published_data_size.csv`, of runs on other numbers of pairs.
 """
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +23,12 @@ TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 # Name -> how many classes, test images and train images a dataset of the paper has. Names are
 # clip-benchmark's, without "wds_" and "vtab-".
 SETS = pd.read_csv(FOLDER / "datasets.csv", index_col="name").to_dict("index")
+# The classes of a dataset in their order, with the superclass of each.
+IMAGENET, CIFAR100 = (
+    pd.read_csv(FOLDER / f"{name}_classes.csv", comment="#", index_col="class")
+    for name in ("imagenet", "cifar100")
+)
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
-DATA_SIZE = "data size"  # the source of the paper's runs with several numbers of training pairs
 MARKS = {
     "c": "read in the repository of the paper's authors (github.com/goel-shashank/CyCLIP), in the "
     "file and commit that published.csv says",
@@ -63,46 +66,20 @@ class Published(NamedTuple):
 
     metric: str
     source: str
-    percent: dict[str, float]  # title of the model -> number in %
-    mark: str
     note: str
+    cells: dict[str, str]  # heading -> number in %, with its mark
 
 
 def published(dataset: str) -> list[Published]:
-    """The published numbers of a dataset, except those of the source `DATA_SIZE`."""
-    table = pd.read_csv(FOLDER / "published.csv", keep_default_na=False)
-    rows = table[(table["data_set"] == dataset) & (table["source"] != DATA_SIZE)]
-    return [
-        Published(
-            row["metric"],
-            row["source"],
-            {LOSSES[model].title: float(row[model]) for model in MODELS if row[model]},
-            row["mark"],
-            row["note"],
-        )
-        for _, row in rows.iterrows()
-    ]
-
-
-def imagenet_superclasses() -> list[str]:
-    """The name of the superclass of each class of ImageNet.
-
-    Each line of the file is "NAME: NUMBERS", and # begins a comment.
-    """
-    found: dict[int, str] = {}
-    text = (FOLDER / "imagenet_superclasses.txt").read_text(encoding="utf-8")
-    for name, numbers in re.findall(r"^([^#:\n]+):([^#\n]*)", text, re.MULTILINE):
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
-            found |= dict.fromkeys(range(int(first), int(last or first) + 1), name)
-    return [found[number] for number in sorted(found)]
-
-
-def cifar100_superclasses() -> list[str]:
-    """The superclass of each class of CIFAR-100, which are in alphabetical order.
-
-    Each line of the file has the classes of a superclass, from
-    https://www.cs.toronto.edu/~kriz/cifar.html.
-    """
-    lines = (FOLDER / "cifar100_superclasses.txt").read_text(encoding="utf-8").splitlines()
-    superclass = {name: line for line in lines for name in line.split()}
-    return [superclass[name] for name in sorted(superclass)]
+    """The published numbers of a dataset."""
+    table = pd.read_csv(FOLDER / "published.csv", dtype=str, keep_default_na=False)
+    found = []
+    for _, row in table[table["data_set"] == dataset].iterrows():
+        mark = row["mark"] + "*" * bool(row["note"])
+        cells = {
+            f"{LOSSES[model].title}, {row['source']}": f"{row[model]} {mark}"
+            for model in MODELS
+            if row[model]
+        }
+        found.append(Published(row["metric"], row["source"], row["note"], cells))
+    return found

@@ -18,6 +18,7 @@ from ..files import make_folder, write_text
 from .datasets import Dataset
 
 Result = dict[str, Any]  # what evaluation.json holds
+ABOUT = ("date", "command", "versions", "device", "settings")
 PARTS = ("checkpoints", "data_sets", "failed", "results")
 PACKAGES = ("torch", "torchvision", "open_clip_torch")
 
@@ -29,9 +30,8 @@ def start(
 
     settings: the settings that the numbers depend on; arguments: those of reference_train.
 
-    Raises `UsageError` if the folder's evaluation has other settings, or the folder can't be made.
+    Raises `UsageError` if the folder's evaluation has other settings.
     """
-    make_folder(out)
     command = shlex.join(["python", "-m", "reference_train", *arguments])
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
@@ -55,8 +55,8 @@ def read_evaluation(path: Path) -> Result:
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         result: Result = json.loads(file.read_text(encoding="utf-8"))
-        if not all(isinstance(result[part], dict) for part in PARTS):
-            raise ValueError("no results")
+        if not all(isinstance(result[part], dict) for part in PARTS) or not {*ABOUT} <= {*result}:
+            raise ValueError("no results or no settings")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no evaluation.json: {error!r}") from error
     return result
@@ -69,16 +69,23 @@ def save(result: Result, out: Path) -> None:
 
 
 def describe(data: Dataset) -> dict[str, Any]:
-    """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its texts."""
+    """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its content.
+
+    The hash is of all texts and labels, and of the images' names and sizes (`Images.identity`).
+    """
     groups = dict(Counter(data.groups or []))
     captions = len(data.images) if groups else 0  # class names are used as captions
-    texts = [data.captions, *([c.names, c.templates] for c in data.classes.values())]
+    content = [data.captions, data.groups, data.images.identity()]
+    content += [(c.names, c.templates, c.labels.tolist()) for c in data.classes.values()]
+    if data.train:
+        train_images, labels = data.train
+        content += [train_images.identity(), *(x.tolist() for x in labels.values())]
     return {
         "images": len(data.images),
         "train_images": len(data.train[0]) if data.train else 0,
         "classes": {task or "class": len(c.names) for task, c in data.classes.items()},
         "captions": sum(map(len, data.captions)) if data.captions else captions,
         "groups": groups,
-        "texts_crc32": zlib.crc32(repr(texts).encode()),
+        "crc32": zlib.crc32(repr(content).encode()),
         "mean_over": [group for group in groups if group not in data.excluded_groups],
     }

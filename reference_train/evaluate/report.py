@@ -104,7 +104,7 @@ def columns(result: Result) -> dict[str, list[str]]:
     for run in result["results"]:
         loss, seed = (result["checkpoints"][run][key] for key in ("loss", "seed"))
         title = run if seed is None else run.removesuffix(f"-{seed}")
-        if loss is not None:
+        if loss in LOSSES:
             series = title.removesuffix(loss).removesuffix("-")
             title = f"{series} {LOSSES[loss].title}".strip()
         found.setdefault(title, []).append(run)
@@ -225,7 +225,8 @@ def markdown(result: Result, short: bool = False) -> str:
         heading = ", ".join(f"{count:,} {what}" for what, count in sizes.items() if count)
         table = dataset_table(result, summary, name, published, short)
         lines += ["", f"## {name}: {heading}", ""]
-        lines.append(f"|  | {' | '.join(table)} |")
+        titles = [title.replace("|", r"\|") for title in table]  # a file may be called a|b.pt
+        lines.append(f"|  | {' | '.join(titles)} |")
         lines.append("|---" + "|---:" * len(table.columns) + "|")
         lines += [f"| {' | '.join(row)} |" for row in table.itertuples()]
         sources |= dict.fromkeys(row.source for row in published)
@@ -257,9 +258,9 @@ def dataset_table(
                 for heading in headings
                 if (name, group, key, heading) in summary.index
             }
-            for found in [found for found in published if not group and found.metric == key]:
-                mark = found.mark + "*" * bool(found.note)
-                row |= {f"{x}, {found.source}": f"{n:.2f} {mark}" for x, n in found.percent.items()}
+            for found in published:
+                if found.metric == key and not group:
+                    row |= found.cells
             if not row:
                 continue
             if guess := chance(result, name, key, group):
@@ -267,7 +268,7 @@ def dataset_table(
             if metric.kind:
                 row["n"] = f"{num_queries(result, name, key, group):,}"
             rows[f"{group}: {metric.title}" if group else metric.title] = row
-    sources = [f"{x}, {found.source}" for found in published for x in found.percent]
+    sources = [title for found in published for title in found.cells]
     titles = dict.fromkeys([*headings, *sources, "chance", "n"])
     return pd.DataFrame(rows, list(titles)).T.fillna("")
 

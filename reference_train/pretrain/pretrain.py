@@ -24,8 +24,9 @@ from webdataset.shardlists import expand_urls
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import Parser, UsageError, say, whole_number
+from ..command_line import Parser, RunFailed, UsageError, at_least, first_line, say
 from ..data.samples import fingerprint
+from ..files import locked
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
 from ..runs import PARAMETERS, code_version, read_parameters, register_models
 from . import patches, shards, views
@@ -61,19 +62,22 @@ def main(argv: Sequence[str]) -> None:
         print("python -m", shlex.join([*launcher, "--", *flags]), flush=True)
     check_settings(args)
     folder = Path(args.logs) / args.name
-    done = epochs_done(folder, args)
-    # A run that is resumed with other code has all of its commits.
-    earlier = str(read_parameters(folder / PARAMETERS).get("commit")).split(", ") if done else []
-    added_settings["commit"] = ", ".join(dict.fromkeys([*earlier, str(code_version())]))
-    if options.dry_run:
-        return
-    if done < args.epochs:
-        if options.views:
-            views.ViewPatches(options.views).install(trainer)
-        patches.TrainerPatches(added_settings).install(trainer)
-        train(flags)
-    if rank == 0:
-        report(folder, args.epochs, was_finished=done >= args.epochs)
+    # One lock for all ranks.
+    with contextlib.nullcontext() if options.dry_run or rank else locked(folder):
+        done = epochs_done(folder, args)
+        # A run that is resumed with other code has all of its commits.
+        earlier = read_parameters(folder / PARAMETERS).get("commit") if done else None
+        commits = [*str(earlier).split(", ")] if done else []
+        added_settings["commit"] = ", ".join(dict.fromkeys([*commits, str(code_version())]))
+        if options.dry_run:
+            return
+        if done < args.epochs:
+            if options.views:
+                views.ViewPatches(options.views).install(trainer)
+            patches.TrainerPatches(added_settings).install(trainer)
+            train(flags)
+        if rank == 0:
+            report(folder, args.epochs, was_finished=done >= args.epochs)
 
 
 def report(folder: Path, epochs: int, was_finished: bool) -> None:
@@ -95,6 +99,11 @@ def train(flags: list[str]) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
     try:
         open_clip_train.main(flags)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # where torch.save fails
+            raise
+        why = f"is the disk full? {first_line(error)}"
+        raise RunFailed(f"a checkpoint can't be written: {why}") from error
     finally:
         logging.disable(logging.INFO)  # PyTorch's compiler logs at exit, after our last line
 
@@ -102,9 +111,7 @@ def train(flags: list[str]) -> None:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the options of `pretrain`, and the other flags: the launcher's and OpenCLIP's."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(
-        "python -m reference_train pretrain", description=DESCRIPTION, allow_abbrev=False
-    )
+    parser = Parser("python -m reference_train pretrain", description=DESCRIPTION)
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
     losses = [name for name, loss in LOSSES.items() if not loss.views]
@@ -118,11 +125,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add(
         "--batch-size",
-        type=whole_number(1),
+        type=at_least(1),
         metavar="N",
         help="pairs in a batch of all ranks together; default: the preset's",
     )
-    add("--seed", type=int, default=0, help="default: 0")
+    add("--seed", type=at_least(0), default=0, help="default: 0")
     # The flag is not called --logs, because torchrun would take that as one of its own flags.
     add("--out", default="logs", metavar="DIR", help="the folder of all runs; default: logs")
     add("--name", help="the run's folder in DIR; default: PRESET-LOSS[-views]-SEED")
@@ -188,9 +195,6 @@ def check_settings(args: argparse.Namespace) -> None:
     """Raises `UsageError` for errors that OpenCLIP would raise later, or in many lines."""
     if ":" not in args.model and args.model not in open_clip.list_models():
         raise UsageError(f"--model {args.model}: OpenCLIP has no model of this name")
-    if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
-        what = "OpenCLIP 3 can't train with several ranks on a CPU"
-        raise UsageError(f"{what}; OpenCLIP 4 can, with -- --fsdp --precision fp32")
     if args.views == "own" and args.aug_cfg == NO_AUGMENTATION:
         what = "the preset's augmentation changes no picture, so both views would be equal"
         raise UsageError(f"--views own: {what}; take --views, or another --aug-cfg after --")

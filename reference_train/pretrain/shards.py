@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from webdataset.shardlists import expand_urls
 
@@ -32,15 +33,17 @@ def find(data: str, part: str, needed: bool = True) -> str:
     if not names and needed:
         exception = " except for validation" if part == "train" else ""
         raise UsageError(f"no tar file in {data}{exception}")
-    numbers = [re.fullmatch(r"(.*?)(\d+)(\.tar.*)", name) for name in names]
+    # The name of a folder may have braces, which are not to be expanded.
+    escaped = [re.sub(r"[\\{}]", r"\\\g<0>", name) for name in names]
+    numbers = [re.fullmatch(r"(.*?)(\d+)(\.tar.*)", name) for name in escaped]
     if len(names) > 1 and (first := numbers[0]) and (last := numbers[-1]):
         pattern = f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
         if expand_urls(pattern) == names:
             return pattern
-    return "::".join(names)
+    return "::".join(escaped)
 
 
-def check(argument: str, shards: Sequence[str]) -> dict[str, int]:
+def check(argument: str, shards: Sequence[str]) -> dict[Path, int]:
     """Checks local shards. Returns shard -> number of pairs, as far as a file beside it says so.
 
     The file is sizes.json, or img2dataset's *_stats.json. argument: the flag, for messages. Raises
@@ -52,19 +55,20 @@ def check(argument: str, shards: Sequence[str]) -> dict[str, int]:
         raise UsageError(f"{argument}: no such shard: {missing[0]}")
     if next(read_samples(shards[:1]), None) is None:
         raise UsageError(f"{argument}: {shards[0]} holds no image with a caption")
-    sizes: dict[str, int] = {}
-    for path in map(Path, shards):
-        table, stats = path.with_name("sizes.json"), path.with_name(f"{path.stem}_stats.json")
-        in_table = json.loads(table.read_text()) if table.exists() else {}
-        if path.name in in_table:
-            sizes[str(path)] = int(in_table[path.name])
-        elif stats.exists():
-            sizes[str(path)] = int(json.loads(stats.read_text())["successes"])
-    return sizes
+    paths = [Path(shard) for shard in shards]
+    found: dict[Path, Any] = {}
+    for folder in {path.parent for path in paths}:
+        if (table := folder / "sizes.json").exists():
+            found |= {folder / name: size for name, size in json.loads(table.read_text()).items()}
+    for path in paths:
+        stats = path.with_name(f"{path.stem}_stats.json")
+        if path not in found and stats.exists():
+            found[path] = json.loads(stats.read_text())["successes"]
+    return {path: int(found[path]) for path in paths if path in found}
 
 
 def check_workers(
-    shards: Sequence[str], sizes: Mapping[str, int], workers: int, ranks: int, batch_size: int
+    shards: Sequence[str], sizes: Mapping[Path, int], workers: int, ranks: int, batch_size: int
 ) -> None:
     """Raises `UsageError` if a worker may get no shard, or fewer pairs than its batch.
 

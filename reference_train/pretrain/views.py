@@ -165,7 +165,7 @@ class ViewPatches:
 
 def main(argv: Sequence[str]) -> None:
     """Runs `cyclip_loss.open_clip_train`, with two views of each pair if `--views` is given."""
-    parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
+    parser = Parser("python -m reference_train.pretrain.views", add_help=False)
     add_flag(parser)
     arguments, flags = parser.parse_known_args(argv)
     if arguments.views:

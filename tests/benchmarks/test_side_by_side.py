@@ -12,6 +12,7 @@ import torch
 from processes import run_python
 from torch.nn.functional import cross_entropy
 
+from benchmarks import __main__
 from benchmarks.compare import accuracy, cost, report
 from benchmarks.compare.competitors import (
     BESIDE_YOURS,
@@ -102,6 +103,24 @@ def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
     if outcome == "ok":
         assert (row["ms"], row["TFLOP/s"]) == (3, pytest.approx(8 * 16**2 * 8 / 3e9))
         assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--n 4096",  # not --name
+        "--d 0",
+        "--sizes 256 -4",
+        "--step-rate 0",
+        "--step-rate nan",
+        "--step-rate inf",
+        "cached --out /proc",
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_measured(arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr(__main__, "import_module", lambda name: pytest.fail(name))
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(arguments.split())
 
 
 # `python -m benchmarks` with one round at each size.

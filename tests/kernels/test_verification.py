@@ -33,7 +33,7 @@ def verified(dtype: torch.dtype) -> VerifiedKernels:
 
 def step(impl: str = "auto", **options: Any) -> Any:
     """The loss and the gradients of a training step, in bfloat16 by default."""
-    case = Case(6, 4, **{"dtype": BFLOAT16, **options})
+    case = Case(**{"n": 6, "d": 4, "dtype": BFLOAT16, **options})
     return evaluate(case, case.arguments("cpu"), impl)
 
 
@@ -68,6 +68,7 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
     ({"dtype": torch.float32}, PLAIN),
     ({"dtype": torch.float32, "function": "siglip"}, (SIGMOID, GRAMS, CYCLIC_GRADS)),
+    ({"d": 6}, PLAIN),
     ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
     (POSITIVES, (SIGMOID,)),

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from accuracy import results
@@ -63,9 +64,10 @@ SCALE_TENSORS = [
 ]
 
 
+@pytest.mark.filterwarnings("error:overflow encountered in cast")
 @pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
 def test_every_form_of_the_logit_scale_gives_the_same_loss(impl, form: Tensor, device) -> None:
-    """A tensor gets a gradient of its own shape and dtype."""
+    """A tensor gets a gradient of its own shape and dtype. NumPy's numbers cause no warning."""
     image, text, plain = Case(20, 6).inputs(device)
     loss, logit_scale = CyCLIPLoss(impl=impl), form.to(device)
     value, _, _, scale_grad = results(loss, image, text, plain)
@@ -73,7 +75,9 @@ def test_every_form_of_the_logit_scale_gives_the_same_loss(impl, form: Tensor, d
     assert (found.shape, grad.dtype, grad.shape) == ((), logit_scale.dtype, logit_scale.shape)
     rel = torch.finfo(logit_scale.dtype).eps + torch.finfo(plain.dtype).eps
     assert grad.item() == pytest.approx(scale_grad.item(), rel=rel)
-    assert found == loss(image, text, 10) == value
+    numpy_loss = CyCLIPLoss(np.float16(0.25), np.float32(0.25), impl=impl)
+    from_numpy = numpy_loss(image, text, np.float16(10), np.float32(3))
+    assert found == loss(image, text, 10) == value == from_numpy
 
 
 IMPORTS_LITTLE = """

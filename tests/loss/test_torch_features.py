@@ -109,10 +109,11 @@ SCHEDULE = [
 )
 def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bool, device) -> None:
     """Only the first values of each kind may compile a graph. scale: none for the penalties."""
-    module = CyclicPenalty if scale == "none" else CyCLIPLoss
+    progress = {"lambda_progress": True} if scale == "tensor" else {}
+    module = CyclicPenalty if scale == "none" else partial(CyCLIPLoss, **progress)
 
     def inputs(n: int) -> list[Any]:
-        image, text, tensor = Case(n, 12, WIDE).inputs(device)
+        image, text, tensor = Case(n, 12, WIDE, distance=1.0).inputs(device)
         return [image, text, *{"tensor": [tensor], "number": [float(n)], "none": []}[scale]]
 
     steps = [(lambdas, inputs(20 + 3 * index)) for index, lambdas in enumerate(SCHEDULE)]
@@ -213,13 +214,14 @@ def test_inductor_keeps_all_gradients(n: int, device) -> None:
     torch.testing.assert_close(results(compiled, *inputs), results(loss, *inputs))
 
 
-def test_a_tensor_given_twice_and_a_wrapped_loss_compile_into_one_graph(device) -> None:
+def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device) -> None:
     loss, another = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip())
 
     def function(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
         views = {"augmented_image_features": i, "augmented_text_features": t}
         terms = another(i, t, s, output_dict=True)
-        return loss(i, i, s) + loss(i, t, s, **views) + sum(terms.values())
+        new = CyCLIPLoss(0.3, reference_batch_size=32)
+        return new(i, i, s) + loss(i, t, s, **views) + sum(terms.values())
 
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)

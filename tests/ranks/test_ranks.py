@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import ADVISED
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
 from support import examples, needs_triton
@@ -32,6 +33,12 @@ def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: 
 @given(data=st.data())
 def test_kernels_are_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
+
+
+@DIST_IMPLS
+def test_the_progress_is_that_of_the_whole_batch(dist_impl: str, ranks) -> None:
+    options = {"d": 8, "rows_per_rank": (2, 7), "uneven": True, "negatives": (9, 9), **ADVISED}
+    check_ranks(RankCase(dist_impl=dist_impl, **options), ranks)
 
 
 @pytest.mark.gpu

@@ -26,10 +26,12 @@ from cyclip_loss import (
 LAMBDAS = (0.5, 0.125)
 
 
-def total(inputs: list[Tensor], share: float, **options: Any) -> tuple[Tensor, ...]:
+def total(
+    inputs: list[Tensor], share: float, first_row: int = 0, **options: Any
+) -> tuple[Tensor, ...]:
     """A sum of all functions, and its gradients. (Less the wrapped loss, of this rank's rows.)
 
-    share: 1 / N, times the number of ranks, as log-sum-exps are of this rank's rows only.
+    share: of the log-sum-exps, from `first_row` on. They are of this rank's rows only.
     """
     group = {name: options[name] for name in ("process_group", "distributed") if name in options}
     # Copies share the group.
@@ -40,7 +42,7 @@ def total(inputs: list[Tensor], share: float, **options: Any) -> tuple[Tensor, .
     def function(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         value = loss(image, text, scale) + siglip(image, text, scale) + penalty(image, text)
         lse = contrastive_logsumexp(image, text, scale, **options)
-        value = value + share * lse.row_negatives.sum()
+        value = value + share * (lse.row_negatives + lse.column_negatives)[first_row:].sum()
         return value + another(image, text) - another.loss(image, text)
 
     return results(function, *inputs)
@@ -53,10 +55,13 @@ def subgroup_case(group: int, uneven: bool) -> RankCase:
 
 
 def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Ranks 0 and 2, and ranks 1 and 3, share a batch."""
+    """Ranks 0 and 2, and ranks 1 and 3, share a batch. Log-sum-exps have an upstream gradient of 0
+    on the first rank of each, and a negative one on the second, so the ranks must share its sign.
+    """
     groups = dist.new_group([0, 2]), dist.new_group([1, 3])
     case = subgroup_case(rank % 2, options["uneven"])
-    return total(case.rank_inputs(rank // 2), 2 / case.n, **options, process_group=groups[rank % 2])
+    share, options = [0, -2 / case.n][rank // 2], options | {"process_group": groups[rank % 2]}
+    return total(case.rank_inputs(rank // 2), share, **options)
 
 
 @DIST_IMPLS
@@ -65,7 +70,7 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl: str, uneven: boo
     found = ranks.run(4, in_subgroups, {"dist_impl": dist_impl, "uneven": uneven})
     for group in (0, 1):
         case = subgroup_case(group, uneven)
-        whole = total(case.inputs(own_device()), 1 / case.n)
+        whole = total(case.inputs(own_device()), -1 / case.n, case.rows_per_rank[0])
         for expected, *parts in zip(whole, found[group], found[group + 2], strict=True):
             mean = (torch.cat(parts) if expected.ndim else sum(parts)) / 2
             torch.testing.assert_close(mean, expected, rtol=1e-11, atol=1e-14)
@@ -115,9 +120,12 @@ def alone(rank: int, world_size: int) -> list[Any]:
     if rank > 0:
         return []
     inputs = RankCase().rank_inputs(rank)
-    options = {} if world_size == 1 else {"distributed": False}
+    options, group = {}, {}
+    if world_size > 1:
+        options, group = {"distributed": False}, {"process_group": dist.group.WORLD}
     loss = CyCLIPLoss(rank=rank, world_size=world_size, **options)(*inputs)
-    return [*total(inputs, 1.0, **options), loss, consistency_metrics(*inputs[:2])]
+    metrics = [consistency_metrics(*inputs[:2], **x) for x in ({}, options | group)]
+    return [*total(inputs, 1.0, **options | group), loss, *metrics]
 
 
 def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import graphs
-from inputs import normal
+from inputs import ADVISED, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
 from torch import Tensor, nn
@@ -72,15 +72,18 @@ def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(
     function: str, dist_impl: str, ranks
 ) -> None:
     options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
-    check_ranks(RankCase(distinct_ids=3, negatives=(4, None), views=True, **options), ranks)
+    options |= {"distinct_ids": 3, "negatives": (4, None), "views": True}
+    check_ranks(RankCase(**options, **ADVISED), ranks)
 
 
 def rank_graphs(
     rank: int, world_size: int, steps: list[tuple[Any, Any]], dist_impl: str, uneven: bool
 ) -> list[int]:
     """The number of graphs after each step with these rows per rank and lambdas."""
-    loss = CyCLIPLoss(dist_impl=dist_impl, uneven=uneven)
-    given = [(lambdas, RankCase(rows_per_rank=x).rank_inputs(rank)) for x, lambdas in steps]
+    loss = CyCLIPLoss(dist_impl=dist_impl, uneven=uneven, lambda_progress=True)
+    given = [
+        (lambdas, RankCase(rows_per_rank=x, distance=1.0).rank_inputs(rank)) for x, lambdas in steps
+    ]
     return graphs(loss, given, fullgraph=not uneven)
 
 

@@ -2,10 +2,12 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
 from reference_train import __main__ as cli
+from reference_train import files
 from reference_train.command_line import RunFailed, UsageError, run
 from reference_train.demo import demo
 
@@ -15,8 +17,15 @@ from reference_train.demo import demo
     [
         ("--loss coca", "--loss: invalid choice: 'coca'"),
         ("--seeds many", "--seeds: invalid number value: 'many'"),
-        ("--loss geometric --lambda-progress", "only with --loss clip, cyclip, c-cyclip"),
+        ("--loss siglip --lambda-progress", "only with --loss clip, cyclip, c-cyclip"),
+        ("--lambda -1", "--lambda: must be >= 0, not -1"),
+        ("--lambda nan", "--lambda: must be >= 0, not nan"),
+        ("--lambda inf", "--lambda: must be >= 0, not inf"),
+        ("--step 9", "unrecognized arguments: --step 9"),
         ("--out /dev/null/runs", "can't be written"),
+        ("--out /proc", "can't be written"),
+        ("--out in_use", "in_use: another process is writing to it: choose another --out"),
+        ("evaluate --model RN50 --pretrained openai --out in_use", "another process is writing"),
         ("report .", "is no evaluation.json"),
     ],
 )
@@ -24,10 +33,11 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(
     arguments: str, message: str, tmp_path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "PATIENCE", 0)
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("training began"))
     monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
     monkeypatch.setattr(sys, "argv", ["reference_train", *arguments.split()])
-    with pytest.raises(SystemExit) as stopped:
+    with files.locked(Path("in_use")), pytest.raises(SystemExit) as stopped:
         runpy.run_module("reference_train", run_name="__main__")
     printed = capsys.readouterr().err
     assert (stopped.value.code, printed.count("\n")) == (2, 1)

@@ -72,19 +72,8 @@ def finished(emoji, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_folder_has_the_results_and_the_steps_of_every_run(finished) -> None:
-    result = read_evaluation(finished)
-    assert list(result["results"]) == ["clip-0", "clip-1", "siglip-0", "cyclip-0"]
-    for name, steps in result["history"].items():
-        assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
-        for line in steps:
-            terms = [line[term] for term in line if term.endswith("_loss")]
-            assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
-            assert (line["inmodal_cyclic_loss"] > 0) == name.startswith("cyclip")
+def test_a_folder_has_every_run_and_refuses_other_settings(finished) -> None:
     assert "| CLIP (2) | SigLIP | CyCLIP | chance | n |" in (finished / "table.md").read_text()
-
-
-def test_a_folder_of_other_settings_is_refused(finished) -> None:
     for flags, setting in (("--preset long", "steps = 5, not 1500"), ("--lambda-progress", "True")):
         with pytest.raises(UsageError, match=f"{setting}: choose another"):
             demonstrate(f"{flags} --loss i-cyclip --out {finished}")
@@ -98,14 +87,14 @@ def test_siglip_trains_with_a_bias_and_the_flags_are_in_the_runs_name(emoji, tmp
     result = read_evaluation(tmp_path)
     [(name, run)] = result["checkpoints"].items()
     assert name == "2-steps-6-batch-0.5-lambda-cysiglip-0"
-    first, second = result["history"][name]
-    assert (run["logit_scale"], first["logit_scale"]) == (10, pytest.approx(10))
-    assert (run["batch_size"], first["logit_bias"]) == (6, pytest.approx(-10))
-    assert first["logit_bias"] != second["logit_bias"]  # it is trained
+    assert (run["logit_scale"], run["batch_size"]) == (10, 6)
+    trained = torch.load(tmp_path / name / "checkpoint.pt")["state_dict"]
+    assert trained["logit_scale"].exp() == pytest.approx(10, rel=0.1)
+    assert -10 != trained["logit_bias"] == pytest.approx(-10, rel=0.1)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(loss: str) -> None:
+def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str) -> None:
     """The model's features are those of all first views, and then those of all second views."""
     # Pairs that are alike have a low CLIP loss, so its progress is not 0.
     about, pairs = LOSSES[loss], torch.randn(18, 5) + 0.2 * torch.randn(2, 18, 5)
@@ -117,19 +106,14 @@ def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(l
     output = {"image_features": x, "text_features": y, **logits}
     clip: Any = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
     config = Namespace(penalty_weight=0.5, reference_batch_size=4, lambda_progress=True)
-    terms, found = train.compute_terms(clip, about, train.build_loss(config, about), x, y)
-    torch.testing.assert_close(found, logits)
+    found = train.compute_loss(clip, about, train.build_loss(config, about), x, y)
     (i, i2), (t, t2) = (z.chunk(2) if about.views else (z, z) for z in (x, y))
     views = {"augmented_image_features": i2, "augmented_text_features": t2}
-    weight = 0.5 * ("cy" in loss or loss == "geometric")
+    weight = 0.5 * ("cy" in loss)
     lambdas = (0 if loss[:2] == "c-" else weight, 0 if loss[:2] == "i-" else weight)
     loss_fn = loss_class(*lambdas, reference_batch_size=4)
-    expected = loss_fn(i, t, **logits, **views if "-views" in loss else {}, output_dict=True)
-    if loss == "geometric":
-        gaps = [(z @ z.T - z2 @ z2.T).square().mean() for z, z2 in ((i, i2), (t, t2))]
-        pair_gap = ((i * t).sum(dim=1) - (i2 * t2).sum(dim=1)).square().mean()
-        expected["between_views_loss"] = 0.5 * (4 * sum(gaps) + pair_gap)
-    torch.testing.assert_close(terms, expected)
+    expected = loss_fn(i, t, **logits, **views if "-views" in loss else {})
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +164,7 @@ def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
     assert len(augmented) == 5 + 3 + 5
     assert "clip-0: finished before" in capsys.readouterr().out
     whole, parts = read_evaluation(finished), read_evaluation(tmp_path)
-    for what in ("history", "results"):
-        assert parts[what] == {name: whole[what][name] for name in ("clip-0", "cyclip-0")}
+    assert parts["results"] == {name: whole["results"][name] for name in ("clip-0", "cyclip-0")}
 
 
 def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(

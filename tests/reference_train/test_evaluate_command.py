@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def run_folder(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"))
 
 
-def make_emoji() -> Dataset:
+def make_emoji(darkest: int = 0) -> Dataset:
     """Three styles of eight emoji; the last style is excluded from the means."""
     names = [f"thing {i}" for i in range(8)]
-    images = Images(torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8))
+    images = Images(torch.arange(darkest, darkest + 24 * 3 * 8 * 8).view(24, 3, 8, 8).byte())
     classes, captions = Classes(torch.arange(24) % 8, names, ["{}"]), [[n] for n in names * 3]
     styles = [style for style in ("a", "b", "line") for _ in range(8)]
     return Dataset(images, {"": classes}, captions, styles, None, frozenset({"line"}))
@@ -111,11 +112,12 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
     write_set(data / "wds_flickr8k", {"test": pairs}, dataset_type="retrieval\n")
     (data / "wds_flickr8k" / "test" / "nshards.txt").unlink()
     icons = [
-        {"png": picture(0), "txt": b"%d, bold" % i + end, "json": b'{"name": "n%d"}' % i}
+        {"png": picture(0), "txt": b"%d, bold" % i + end, "cls": b"%d" % i}
         for i in range(6)
         for end in (b"", b"\n")
     ]
     write_samples(data / "icons" / "val-00000.tar", icons)
+    (data / "icons" / "classnames.txt").write_text(TEN_CLASSES)
     for split in ("test", "train"):
         write_image_folder(tmp_path / split, ["a_b", "c"])
     options = f"--imagefolder own={tmp_path} --precision amp_bf16 --data {data}"
@@ -150,12 +152,15 @@ def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_pat
 
 @pytest.fixture(scope="module")
 def bad_files(run_folder, tmp_path_factory) -> Path:
-    """A folder of files that are no checkpoints: code, and weights that are NaN."""
+    """A folder of files that are no checkpoints: code, NaN, and a run of a model on a hub."""
     folder = tmp_path_factory.mktemp("bad")
     state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
     torch.save({"state_dict": folder}, folder / "code.pt")  # an object that may run anything
     state["module.visual.proj"] *= torch.nan
     torch.save({"state_dict": state}, folder / "nan.pt")
+    (folder / "hub").mkdir()
+    (folder / "hub" / "best.pt").touch()
+    (folder / "hub" / "params.txt").write_text("model: hf-hub:a/b\n")
     return folder
 
 
@@ -173,6 +178,7 @@ def bad_files(run_folder, tmp_path_factory) -> Path:
         ("{run} --imagefolder {run}", "--imagefolder: must be NAME=DIR, not "),
         ("{bad}/code.pt --model RN50", r"code\.pt as RN50: Weights only load failed"),
         ("{bad}/nan.pt --model evaluate-tiny", "not finite"),
+        ("{bad}/hub", "best.pt: .* model to download: pass --model hf-hub:a/b"),
     ],
 )
 def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(
@@ -224,10 +230,22 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     assert result["failed"] == {}
     run = Path(os.path.relpath(run))
     assert again()[1] == []
-    for pairs in (two_pairs() * 2, two_pairs()[::-1] * 2):
-        write_set(tmp_path / "wds_x", {"test": pairs})
-        assert again()[1] == [4]
+    pairs = two_pairs()
+    zeros, ones = ([pair | {"cls": label} for pair in pairs] for label in (b"0", b"1"))
+    for test, train in (
+        (pairs[::-1], {}),
+        ([pair | {"png": picture(3)} for pair in pairs[::-1]], {}),
+        (zeros, {}),
+        (ones, {}),
+        (ones, {"train": zeros}),
+        (ones, {"train": ones}),
+        (ones, {"train": ones[::-1]}),
+    ):
+        write_set(tmp_path / "wds_x", {"test": test, **train}, classnames=TEN_CLASSES)
+        assert again()[1] == [2]
+    monkeypatch.setattr(command, "open_emoji", partial(make_emoji, 1))
+    assert again()[1] == [24]
     os.utime(run / "checkpoints" / "epoch_2.pt")  # as if it had been trained on
     capsys.readouterr()
-    assert again("--only x")[1] == [4]
+    assert again("--only x")[1] == [2]
     assert "tiny: measured again, because its earlier results are of" in capsys.readouterr().err

@@ -1,12 +1,15 @@
 """The tables and rows of `report`, and which published numbers they show."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from processes import ROOT
 
-from reference_train.evaluate import report
+from reference_train.command_line import RunFailed, UsageError
+from reference_train.evaluate import records, report
 from reference_train.evaluate.records import read_evaluation
 
 # Table -> the record that it is made from.
@@ -32,9 +35,22 @@ def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path) -> None:
     report.main([f"{tmp_path}/a", f"{tmp_path}/b/evaluation.json", "--csv", f"{tmp_path}/runs.csv"])
     assert (tmp_path / "b" / "table.md").read_text() == table.read_text()
     rows = pd.read_csv(tmp_path / "runs.csv")
-    numbers = read_evaluation(tmp_path / "a")["results"]["clip-0"]["new concepts, new styles"]
+    result = read_evaluation(tmp_path / "a")
+    numbers = result["results"]["clip-0"]["new concepts, new styles"]
     found = rows[rows["run"] == "clip-0"]["new concepts, new styles: top1"]
     assert found.tolist() == pytest.approx([numbers["numbers"]["top1"]] * 2, rel=1e-5)
+
+    for part in ("results", "checkpoints"):
+        result[part] = {"a|b.pt": result[part]["clip-0"]}
+    assert r" | a\|b.pt CLIP | " in report.markdown(result)
+    with pytest.raises(RunFailed, match=r"json/runs\.csv can't be written: Not a directory"):
+        report.main([f"{tmp_path}/a", "--csv", f"{tmp_path}/a/evaluation.json/runs.csv"])
+
+
+def test_a_record_without_settings_is_refused(tmp_path) -> None:
+    Path(tmp_path, "no.json").write_text(json.dumps({part: {} for part in records.PARTS}))
+    with pytest.raises(UsageError, match=r"no\.json is no evaluation\.json: .*settings"):
+        report.main([f"{tmp_path}/no.json"])
 
 
 PROBES = {"May 2022", "April 2022"}

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from miniature import write_tar
 
-from reference_train.command_line import UsageError
+from reference_train.command_line import RunFailed, UsageError
 from reference_train.data import icon_sets, icons
 from reference_train.data.samples import Sample, read_samples
+from reference_train.evaluate.datasets import find
 
 
 def square(size: int, colour: str = "currentColor") -> dict:
@@ -117,9 +118,12 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(built) -> None:
     """A held-out name has one picture."""
     held_out_share = sum(icon_sets.is_held_out(f"name {i}") for i in range(10_000)) / 10_000
     assert held_out_share == 0.0202  # pinned: other names would be held out
-    val, train = (samples(built, f"{part}-*.tar").values() for part in ("val", "train"))
-    held_out = {sample.info["name"] for sample in val}
-    assert len(held_out) == len(val)
+    evaluated, train = find([built])["out"](), samples(built, "train-*.tar").values()
+    names = evaluated.classes[""]
+    held_out = {*names.names}
+    assert names.labels.tolist() == [*range(len(held_out))]
+    for name, [text] in zip(names.names, evaluated.captions, strict=True):
+        assert name in text
     things = [f"thing {letter}x" for letter in "abcdefgh"]
     assert 0 < len(held_out & {*things}) < 8
     for name in (*held_out, *things):
@@ -130,10 +134,11 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(built) -> None:
 def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     package, built, tmp_path, monkeypatch
 ) -> None:
-    """Another package than the expected one is refused."""
-    monkeypatch.setattr(icons, "URL", package.as_uri())
-    with pytest.raises(RuntimeError, match="invalid hash value"):
-        icons.main(f"--out {tmp_path}/out".split())
+    """Another package than the expected one is refused. Without a network there is none."""
+    for url, why in (("file:///nowhere", "No such file"), (package.as_uri(), "invalid hash value")):
+        monkeypatch.setattr(icons, "URL", url)
+        with pytest.raises(RunFailed, match=f"{url} can't be downloaded: .*{why}"):
+            icons.main(f"--out {tmp_path}/out".split())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
     icons.main(f"--out {tmp_path}/some --limit 1".split())

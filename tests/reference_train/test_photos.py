@@ -92,7 +92,9 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
     assert "no dataset" not in capsys.readouterr().err
 
 
-def test_a_clone_without_the_commit_is_refused(clones, tmp_path) -> None:
+def test_a_clone_without_the_commit_or_a_picture_is_refused(clones, tmp_path) -> None:
+    with pytest.raises(RunFailed, match="IMagenet is not a whole clone: delete it"):
+        list(photos.Repository(photos.TINY, clones).contents(["0" * 40]))
     photos.SOURCES[photos.TINY] = "0" * 40
     with pytest.raises(RunFailed, match=r"IMagenet.*0000"):
         photos.main(f"--out {tmp_path}/out --clones {clones}".split())

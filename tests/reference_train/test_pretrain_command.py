@@ -1,12 +1,15 @@
 """`pretrain`: the command that it prints, and what it refuses before any work."""
 
 import json
+import os
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 from miniature import write_tar
 from webdataset.shardlists import expand_urls
 
+from reference_train import files
 from reference_train.command_line import UsageError
 from reference_train.losses import LOSSES
 from reference_train.pretrain import pretrain as command
@@ -51,6 +54,19 @@ def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run) -> N
         assert (args.views_flag, args.name) == (["--views", how], "modern-cyclip-views-0")
 
 
+def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(
+    data, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(command, "train", lambda flags: None)
+    words = f"--preset icons --batch-size 8 --data {data} --out {tmp_path} --name run".split()
+    with files.locked(tmp_path / "run"):
+        with pytest.raises(UsageError, match="run: another process is writing to it: choose"):
+            command.main(words)
+        monkeypatch.setenv("RANK", "1")
+        command.main(words)
+
+
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
 def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatch) -> None:
     monkeypatch.setenv(variable, "2")
@@ -70,6 +86,7 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--data s3://b/{0..2}.tar", r"is not known .* add it after --, e\.g\. -- --train-num"),
         ("--batch-size 9", "hold 8 pairs and its batch is 9: take fewer --workers .now 4., a"),
         ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take"),
+        ("--seed -1", "--seed: must be >= 0, not -1"),
         ("--dry 3", "--dry: OpenCLIP's own flags go after --"),  # no abbreviation of --dry-run
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("--views -- --dataset-type csv", r"python -m [\w.]+\.views --views takes"),
@@ -78,7 +95,6 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--views -- --distill-model RN50", "--distill-model can't be combined with --views"),
         ("--views --loss siglip", "--siglip can't be combined with --views"),
         ("WORLD_SIZE=2 --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
-        ("WORLD_SIZE=2 -- --workers 2", "OpenCLIP 3 can't train with several ranks"),
     ],
 )
 def test_pretrain_refuses_before_any_work(
@@ -108,10 +124,10 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
     sizes = {f"train-{number:05}.tar": 9 + number for number in range(3)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     tars = "train-{00000..00003}.tar"
-    assert (
-        dry_run(f"--data {data}/{tars}::{folder}/{tars}").train_num_samples
-        == 4 * 8 + 9 + 10 + 11 + 8
-    )
+    with patch.object(shards, "json", wraps=json) as reader:
+        args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
+    assert args.train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
+    assert reader.loads.call_count == 3  # each sizes.json once, and one *_stats.json
     (data / "sizes.json").unlink()
     (data / "__len__").write_text("32")
     assert dry_run().train_num_samples is None
@@ -121,14 +137,16 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
 
 
 def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(tmp_path) -> None:
-    """Held-out shards are never trained on. Compressed shards are found, too."""
+    """Held-out shards are never trained on. Compressed shards are found, and braces in a path."""
 
     def find(*patterns: str) -> list[str]:
-        folder = tmp_path / patterns[0][:4]
-        folder.mkdir()
+        folder = tmp_path / "sh{1,2}" / patterns[0][:4]
+        folder.mkdir(parents=True)
         for file in expand_urls("::".join(patterns)):
             (folder / file).touch()
-        return [shards.find(str(folder), part).split("/")[-1] for part in ("train", "val")]
+        found = [shards.find(str(folder), part) for part in ("train", "val")]
+        assert all(os.path.exists(path) for pattern in found for path in expand_urls(pattern))
+        return [pattern.split("/")[-1] for pattern in found]
 
     for both in (
         ["cc3m-train-{00000..00003}.tar", "cc3m-validation-00000.tar"],

@@ -1,5 +1,6 @@
 """`cached_backward` has the gradients, buffers and traffic of one step on the whole batch."""
 
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cyclip_loss import CyCLIPLoss, cached_backward
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 N, IMAGE_SIZE, TEXT_SIZE = 11, 6, 5
 Names = dict[str, Any]
 
@@ -147,38 +149,23 @@ def with_inner_checkpoints(model: Model) -> Model:
     return model
 
 
-CASES: dict[str, Names] = {
-    "dropout": {},
-    "compiled": {"wrap": lambda model: torch.compile(model, backend="aot_eager")},
-    "inner checkpoints": {"wrap": with_inner_checkpoints},
-    "views, negatives and ids": {"ids": torch.arange(N) % 7},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_and_buffers_are_those_of_one_graph(case: str) -> None:
-    compare_steps(**CASES[case])
-
-
 @examples(0.5)
 @given(rows=st.integers(1, 12), mini_batch_size=st.integers(1, 14))
 def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: int) -> None:
     """In evaluation, when rows do not depend on each other."""
     model, expected_model = make(training=False), make(training=False)
-    cached_backward(model, CyCLIPLoss(), *inputs(rows), mini_batch_size=mini_batch_size)
+    options = {"mini_batch_size": mini_batch_size, "output_transform": lambda x: tuple(x.values())}
+    cached_backward(model, CyCLIPLoss(), *inputs(rows), **options)
     joined_loss(expected_model, CyCLIPLoss(), *inputs(rows), count=1).backward()
     assert_close(results(model), results(expected_model))
 
 
 def test_a_compiled_model_runs_compiled_for_one_shape_or_two() -> None:
+    """Mini-batches have four rows or three."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = torch.compile(make(), backend=counter)
-    counts = []
-    for rows in (8, 8, 7, 8):
-        cached_backward(model, CyCLIPLoss(), *inputs(rows), mini_batch_size=4)
-        counts.append(counter.frame_count)
-    assert counts == [1, 1, 2, 2]
+    compare_steps(lambda model: torch.compile(model, backend=counter))
+    assert counter.frame_count == 2
     torch._dynamo.reset()
 
 
@@ -211,10 +198,14 @@ def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype, device) -
 
 
 class ReadsAndChangesBuffers(Model):
-    """Buffers changed in place, under two names, replaced, and first set by the first batch."""
+    """Buffers changed in place, under two names, replaced, and first set by the first batch. Has a
+    scripted normalisation, too, and an attribute named `module`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.module = "clip"
+        self.scripted = torch.jit.script(nn.BatchNorm1d(TEXT_SIZE))
         self.text[0] = nn.utils.parametrizations.spectral_norm(self.text[0])
         self.register_buffer("center", torch.zeros(IMAGE_SIZE))
         self.image.register_buffer("tied", self.center)
@@ -229,31 +220,51 @@ class ReadsAndChangesBuffers(Model):
             images = 2 * images
         self.image.tied.lerp_(images.mean(0), 0.5)
         centered = self.expanded * (images - self.center) / self.steps + self.first
-        return super().forward(centered, texts)
+        return super().forward(centered, self.scripted(texts))
 
 
-class IsPartlyScripted(Model):
-    """Has a scripted normalisation, and an attribute named `module`."""
+class ChangesItself(Model):
+    """For a part of forward an attribute is set. A hook of the image tower registers a buffer in
+    its first call, and later changes it.
+    """
+
+    shift = 0.0
 
     def __init__(self) -> None:
         super().__init__()
-        self.module = "clip"
-        self.scripted = torch.jit.script(nn.BatchNorm1d(IMAGE_SIZE))
+        self.image.register_forward_pre_hook(subtract_mean)
 
-    def forward(self, images: Tensor, texts: Tensor) -> Names:
-        return super().forward(self.scripted(images), texts)
-
-
-@pytest.mark.parametrize("kind", [ReadsAndChangesBuffers, IsPartlyScripted])
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_any_kind_of_model_has_the_gradients_and_buffers_of_one_graph(kind: type[Model]) -> None:
-    compare_steps(kind=kind)
+    def forward(self, images: Tensor, *others: Tensor) -> Names:
+        images, self.shift = images + self.shift, 1.0
+        output = super().forward(images, *others)
+        self.shift = 0.0
+        return output
 
 
-def test_one_mini_batch_runs_once() -> None:
-    model, calls = make(), Counter()
-    model.image.register_forward_hook(lambda *_: calls.update(["image"]))
-    for mini_batch_size, expected in ((N, 1), (np.int64(6), 1 + 2 * 2)):
+def subtract_mean(tower: Any, args: tuple[Tensor]) -> Tensor:
+    if not hasattr(tower, "mean"):
+        tower.register_buffer("mean", torch.zeros_like(args[0][0]))
+    return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
+
+
+CASES: dict[str, Names] = {
+    "dropout": {},
+    "inner checkpoints": {"wrap": with_inner_checkpoints},
+    "views, negatives and ids": {"ids": torch.arange(N) % 7},
+    "buffers": {"kind": ReadsAndChangesBuffers},
+    "attributes": {"kind": ChangesItself},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_buffers_are_those_of_one_graph(case: str) -> None:
+    compare_steps(**CASES[case])
+
+
+def test_one_mini_batch_runs_once_and_checkpoints_in_the_model_stop_early() -> None:
+    model, calls = with_inner_checkpoints(make()), Counter()
+    model.image[-1].register_forward_hook(lambda *_: calls.update(["image"]))
+    for mini_batch_size, expected in ((N, 1), (np.int64(6), 1 + 2 * 2), (10**30, 6)):
         cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=mini_batch_size)
         assert calls == {"image": expected}
 
@@ -291,6 +302,34 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> 
     assert_close(*found)
 
 
+@pytest.mark.parametrize(
+    ("change", "dtype", "autocast", "is_error"),
+    [
+        (lambda x, y, call: y + 3e-4 * call, torch.float32, False, True),
+        (lambda x, y, call: y + 1e-6 * call, torch.float32, False, False),
+        (lambda x, y, call: y + 1e-3 * call, torch.float32, True, False),
+        (lambda x, y, call: y + 1e-3 * call, torch.bfloat16, False, False),
+        (lambda x, y, call: y + 3e-2 * call, torch.bfloat16, False, True),
+        (lambda x, y, call: y * torch.nan, torch.float32, False, False),
+        (lambda x, y, call: y[:, call // 3 :], torch.float32, False, True),
+        (lambda x, y, call: (y, x.mul_(2))[0], torch.float32, False, True),
+    ],
+)
+def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
+    change: Callable[..., Tensor], dtype: torch.dtype, autocast: bool, is_error: bool, device
+) -> None:
+    """change(x, y, call): the output of a tower instead of y = tower(x). Calls 0 to 2 are first."""
+    model, calls = make(training=False).float(), itertools.count()
+    model.image.register_forward_hook(lambda _, args, output: change(*args, output, next(calls)))
+    message = "'image_features': True, 'text_features': False"
+    raises = pytest.raises(RuntimeError, match=message) if is_error else nullcontext()
+    with raises, torch.autocast(device.type, enabled=autocast):
+        cached_backward(
+            model, CyCLIPLoss(), *[x.float() for x in inputs()], mini_batch_size=4,
+            output_transform=lambda output: {name: x.to(dtype) for name, x in output.items()},
+        )  # fmt: skip
+
+
 class HasAnotherOutput(Model):
     """Its third output has a graph."""
 
@@ -321,15 +360,17 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
 
 def sees_ddps_own_forward(rank: int, world_size: int) -> bool:
     original, seen = DistributedDataParallel.forward, []
-    model = DistributedDataParallel(make(training=False))
+    model = wrapped(make(kind=ChangesItself), "DDP of each tower")
     look = lambda *_: seen.append(DistributedDataParallel.forward)  # noqa: E731
-    model.module.image.register_forward_pre_hook(look)
-    cached_backward(model, CyCLIPLoss(distributed=False), *inputs(), mini_batch_size=4)
-    return {*seen} == {original} and "forward" not in vars(model)
+    model.text.module.register_forward_pre_hook(look)
+    # The image tower runs twice. DDP sends the buffer of rank 0 before the second time.
+    batch = [x + rank for x in inputs(count=5)]
+    cached_backward(model, CyCLIPLoss(distributed=False), *batch, mini_batch_size=4)
+    return {*seen} == {original} and "forward" not in vars(model.text)
 
 
 def test_the_class_of_ddp_stays_as_it_is_while_the_model_runs(ranks) -> None:
-    assert ranks.run(1, sees_ddps_own_forward) == [True]
+    assert ranks.run(2, sees_ddps_own_forward) == [True, True]
 
 
 # The collectives that DDP and FSDP2 make with gradients and buffers.
@@ -422,20 +463,29 @@ def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks) -> None:
     assert ranks.run(3, number_of_runs) == [0, 4, 4]
 
 
-def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model() -> None:
-    def features(output: Names) -> tuple[Tensor, ...]:
-        return output["image_features"], output["text_features"]
+@pytest.mark.parametrize(("rows", "some"), [(4, slice(16)), (3, slice(16, None))])
+def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(
+    rows: int, some: slice
+) -> None:
+    """Mini-batches have 4, 4 and 3 rows. Those with other than `rows` have no negatives."""
+
+    def features(output: Names) -> Names:
+        del output["logit_scale"]
+        if len(output["image_features"]) not in (rows, N):
+            output["negative_text_features"] = None
+        return output
 
     model, expected_model = make(training=False), make(training=False)
     log_scale, expected_scale = (
         torch.tensor(2.0, device=own_device(), requires_grad=True) for _ in range(2)
     )
     terms = cached_backward(
-        model, CyCLIPLoss(), *inputs(), mini_batch_size=4, output_transform=features,
+        model, CyCLIPLoss(), *inputs(count=5), mini_batch_size=4, output_transform=features,
         logit_scale=log_scale.exp(), output_dict=True,
     )  # fmt: skip
-    mapped = features(expected_model(*inputs()))
-    expected = CyCLIPLoss()(*mapped, logit_scale=expected_scale.exp(), output_dict=True)
+    mapped = features(expected_model(*inputs(count=5)))
+    mapped["negative_text_features"] = mapped["negative_text_features"][some]
+    expected = CyCLIPLoss()(**mapped, logit_scale=expected_scale.exp(), output_dict=True)
     sum(expected.values()).backward()
     torch.testing.assert_close(terms, expected)
     torch.testing.assert_close(log_scale.grad, expected_scale.grad)
@@ -452,11 +502,17 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model() -> Non
         ({"inputs": [torch.tensor(1.0)]}, TypeError, "inputs must be tensors with rows"),
         ({"output_transform": lambda output: {"logit_scale": 1.0}}, ValueError, "features"),
         ({"loss_fn": lambda image_features, **_: image_features}, TypeError, "return a scalar"),
+        ({"loss_fn": lambda **_: torch.tensor(1.0)}, TypeError, "require gradients"),
+        ({"model": make}, TypeError, "model must be"),
+        ({"scaler": "x"}, TypeError, "scaler must be"),
+        ({"uneven": "no"}, TypeError, "uneven must be"),
+        ({"process_group": "x"}, TypeError, "process_group must be"),
     ],
 )  # fmt: skip
 def test_a_wrong_use_is_named(options: Names, error: type[Exception], message: str) -> None:
     arguments = {"inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4} | options
     model = make()
+    call = partial(cached_backward, arguments.pop("model", model), arguments.pop("loss_fn"))
     with pytest.raises(error, match=message):
-        cached_backward(model, arguments.pop("loss_fn"), *arguments.pop("inputs"), **arguments)
+        call(*arguments.pop("inputs"), **arguments)
     assert all(parameter.grad is None for parameter in model.parameters())

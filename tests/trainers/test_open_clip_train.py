@@ -54,12 +54,13 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path) -
     assert module == open_clip_train.__name__
     model = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     (tmp_path / "tiny.json").write_text(json.dumps(model))
-    # In two steps CLIP's loss makes no progress, and the penalties would be 0.
+    # In two steps CLIP's loss makes no progress, and the penalties would be 0. A warm-up takes its
+    # place.
     small_run = f"""
         --model tiny --model-config {tmp_path}/tiny.json --dataset-type webdataset
         --train-data {EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz --train-num-samples 128 --batch-size 32
         --epochs 1 --workers 0 --log-every-n-steps 1 --warmup 1 --logs {tmp_path} --name run
-        --same-captions positives --lambda-warmup 0.5 --no-lambda-progress --dist-impl ring
+        --same-captions positives --lambda-warmup 0.5 --dist-impl ring
     """
     ranks = Ranks()  # of its own, because OpenCLIP changes how a process logs
     ranks.run(2, train_on_rank, [*from_page, *small_run.split()])
@@ -74,7 +75,8 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path) -
         assert sum(terms.values()) == pytest.approx(loss, rel=1e-3)
         assert terms["inmodal_cyclic_loss"] > 0
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
-    assert {"same_captions: positives", "lambda_inmodal: 0.25"} <= set(parameters)
+    expected = {"same_captions: positives", "lambda_inmodal: 0.25", "lambda_progress: False"}
+    assert expected <= set(parameters)
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
 
 
@@ -164,6 +166,7 @@ OF_32 = {"reference_batch_size": 32}
 PROGRESS = {**OF_32, "lambda_progress": True}
 CONSTANT = ("--no-lambda-progress",)
 RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
+SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
 
 
 @pytest.mark.parametrize("version", ["3", "4"])
@@ -173,7 +176,7 @@ RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
         # torchrun allows a "--" before the script's flags.
         (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **PROGRESS)),
         (ClipLoss(), (*CONSTANT, "--centered"), CyCLIPLoss(centered=True, **OF_32)),
-        (SigLipLoss(), (*RING, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_32)),
+        (SigLipLoss(), (*SHIFT, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_32)),
         (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_32)),
         (Other(), (), WithCyclicPenalty(Other(), **OF_32)),
         (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_32)),
@@ -204,6 +207,7 @@ DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
         (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
         (Trainer(ClipLoss(), skip_scheduler=True), ("--lambda-warmup", "2"), "--skip-scheduler"),
         (Trainer(ClipLoss(), accum_freq=2), (CAPTIONS, "ignored"), "excludes --accum-freq above 1"),
+        (Trainer(ClipLoss(), torchscript=True), (CAPTIONS, "ignored"), "and --torchscript"),
         (Trainer(DistillClipLoss()), RING, "--dist-impl need CLIP's or SigLIP's loss"),
         (Trainer(ClipLoss(), failure=DEVICES), (), "OpenCLIP 3 can't train with several"),
     ],
@@ -226,7 +230,8 @@ def test_unsupported_runs_stop_with_one_line(
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
-        ("--lambda-warmup", "half", "fraction of all steps up to 1.0, not half"),
+        ("--lambda-progress", "--lambda-warmup=2", "excludes --lambda-warmup and --siglip"),
+        ("--lambda-progress", "--siglip", "excludes --lambda-warmup and --siglip"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:

@@ -208,7 +208,7 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
         for image, text in zip(images, tokens, strict=True)
     ]
     names = {"model": trained, "training_arguments": arguments, "dataset": samples}
-    run(heading, block, **names, loss_fn=CyCLIPLoss())
+    trainer = run(heading, block, **names, loss_fn=CyCLIPLoss())["trainer"]
     out = model(pixel_values=images, input_ids=tokens, return_loss=family == "Siglip")
     loss = out.loss
     if family == "CLIP":
@@ -218,6 +218,10 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
     before, after = (parameters_to_vector(x.parameters()).detach() for x in (model, trained))
     atol = 1e-5 * float(grads.abs().max())
     torch.testing.assert_close(before - after, grads, rtol=0, atol=atol)
+    if heading != recipe_cases.LARGE_BATCH:
+        trainer.evaluate(samples)
+        logged = set().union(*trainer.state.log_history)
+        assert {"eval_loss", *(TERMS if family == "CLIP" else ())} <= logged
 
 
 def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeypatch) -> None:
