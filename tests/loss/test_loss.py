@@ -16,7 +16,6 @@ from inputs import (
     FOR_KERNELS,
     FUNCTIONS,
     INPUTS,
-    TERMS,
     VIEWS,
     Case,
     cases,
