@@ -39,6 +39,9 @@ class CyCLIPLoss(ContrastiveModule):
             number of rows of the global batch. The penalties are then as strong at every N; with
             128, as in the paper's experiments. 32 with `lambda_progress` is what we advise
             (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
+        centered: compute the penalties on features less their mean over the global batch, one mean
+            for each tower. Rows are not normalised again. Adding a vector to all images, or to all
+            texts, then changes no penalty. Costs O(N D) memory, in float32 (docs/lambda.md).
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
@@ -208,14 +211,14 @@ class CyclicPenalty(Module):
     are 0, nothing is computed, and the result is 0 even for features that are not finite.
 
     Behaviour across ranks and errors are as in `CyCLIPLoss`. The only collective is an all-reduce
-    of 2 D^2 + 1 elements (3 D^2 + 1 with `output_dict` or different lambdas), so ranks may hold any
-    numbers of rows (NaN if all hold none). Ranks do not check that they agree on D, the lambdas and
-    `output_dict`.
+    of 2 D^2 + 1 elements (3 D^2 + 1 with `output_dict` or different lambdas; with `centered` one of
+    2 D + 1 before it), so ranks may hold any numbers of rows (NaN if all hold none). Ranks do not
+    check that they agree on D, the lambdas, `centered` and `output_dict`.
 
     Args:
         lambda_inmodal, lambda_crossmodal: the weights of the penalties. 0: off.
         reference_batch_size: multiplies both by reference_batch_size / N.
-        process_group, distributed, impl: as in `CyCLIPLoss`.
+        centered, process_group, distributed, impl: as in `CyCLIPLoss`.
 
     >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1)
     >>> print(CyclicPenalty()(features, features))  # the same geometry in both towers

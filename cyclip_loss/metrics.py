@@ -32,6 +32,7 @@ def consistency_metrics(
     *,
     process_group: ProcessGroup | None = None,
     distributed: bool | None = None,
+    centered: bool = False,
 ) -> dict[str, Tensor]:
     """Nine numbers of N pairs, by name, as float32 scalars without gradient.
 
@@ -60,6 +61,9 @@ def consistency_metrics(
             host waits, and all features are gathered (2 N D elements). False: this rank's rows,
             without communication, even with a group. None: as False without a group, unlike in
             the loss, because metrics are often computed on one rank alone.
+        centered: subtract the mean of all images from each image, and that of all texts from each
+            text, before anything is computed. Rows are not normalised again. The gaps are then
+            those of the loss's option of this name.
 
     Takes 8 N^2 D flops in float64 (float32 on MPS), shared by the ranks, in bounded memory.
 
@@ -77,6 +81,8 @@ def consistency_metrics(
         pair, ranks = _gather(pair, ranks)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
+    if boolean("centered", centered):
+        images, texts = images - images.mean(dim=0), texts - texts.mean(dim=0)
 
     crossmodal_mean = _mean_similarity(images, texts)
     inmodal_means = _mean_similarity(images, images), _mean_similarity(texts, texts)

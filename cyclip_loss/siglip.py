@@ -54,8 +54,8 @@ class CySigLIPLoss(ContrastiveModule):
         cache_labels, rank, world_size, bidir, chunk_size: OpenCLIP's arguments, kept as attributes
             without effect. A call raises if rank or world_size differ from the process group's,
             except from 0 and 1.
-        reference_batch_size, process_group, distributed, uneven, impl: as in `CyCLIPLoss`, also
-            across ranks.
+        reference_batch_size, centered, process_group, distributed, uneven, impl: as in
+            `CyCLIPLoss`, also across ranks.
 
     Raises:
         TypeError, ValueError: as `CyCLIPLoss`.

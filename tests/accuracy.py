@@ -124,8 +124,8 @@ def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any
             return factor * sum(softplus(x, threshold=40.0).sum() for x in margins)
 
         return from_log_sum_exps
-    options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
-    options["centered"] = case.centered
+    options: dict[str, Any] = {"impl": impl, "centered": case.centered}
+    options["reference_batch_size"] = case.reference_batch_size
     if case.function != "penalties":
         options |= case.id_options | across_ranks
     if case.has_progress:

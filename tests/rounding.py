@@ -58,10 +58,10 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     n = case.n
     penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
     pairs = [x * case.weights.get(y, 0.0) for x, y in zip(penalty_weights, TERMS[1:], strict=True)]
-    features = [exact[name] for name in FEATURES]
+    features = (exact[name] for name in FEATURES)
     # With views, CLIP's loss and its error are halved.
     progress_error = found[TERMS[0]] * (1 + case.views) / log(max(n, 2)) * case.has_progress
-    value, grad = penalty_bound(*features, *pairs, eps.penalties, progress_error, case)
+    value, grad = penalty_bound(case, *features, *pairs, eps.penalties, progress_error)
     for name, penalty_weight in zip(TERMS[1:], penalty_weights, strict=True):
         found[name] = penalty_weight * value
     for name in FEATURES:
@@ -193,7 +193,7 @@ def gradient_sizes(
 
 
 def penalty_bound(
-    image: Tensor, text: Tensor, a: float, b: float, eps: float, factor_error: Tensor, case: Case
+    case: Case, image: Tensor, text: Tensor, a: float, b: float, eps: float, factor_error: Tensor
 ) -> list[Any]:
     """The rounding error of N P_in and N P_cross, and of the gradients of a N P_in + b N P_cross.
 
@@ -204,13 +204,12 @@ def penalty_bound(
     products of I and T instead, so its own float64 error is added. Centred features are rounded,
     and so are their means, of which all features have the same error.
     """
-    value = grad = 0.0
+    value = grad = centering = 0.0
     sizes = image.abs() + text.abs()
-    centering = 0.0
     if case.centered:
-        centering, means = torch.finfo(loss_dtype(case.dtype)).eps, sizes.mean(dim=0)
-        image, text = (x - x.mean(dim=0) for x in (image, text))
+        image, text, means = image - image.mean(dim=0), text - text.mean(dim=0), sizes.mean(dim=0)
         sizes = image.abs() + text.abs() + means
+        centering = torch.finfo(loss_dtype(case.dtype)).eps
     u, v = (x.abs() + centering * sizes for x in (image + text, image - text))
     engine = (u, v, eps * growth(image.shape[1], eps) + factor_error)
     centered = [(sizes, v, centering), (u, sizes, centering)]

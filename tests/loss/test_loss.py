@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import rounding
 import torch
-from accuracy import check_loss, exact_results, results
+from accuracy import check_loss, exact_results
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
@@ -16,7 +16,6 @@ from inputs import (
     FOR_KERNELS,
     FUNCTIONS,
     INPUTS,
-    TERMS,
     VIEWS,
     Case,
     cases,
@@ -115,26 +114,14 @@ def test_the_bounds_for_ordinary_features_are_small(
         assert bounds[name].max() <= most * exact.abs().max(), name
 
 
-@pytest.mark.parametrize("d", [64, 256])  # with PyTorch, 200 pairs are streamed and dense
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_centered_penalties_lose_no_digits_where_features_are_almost_equal(
-    dtype: torch.dtype, d: int, impl, device
-) -> None:
+def test_centered_penalties_lose_no_digits_where_features_are_almost_equal(impl, device) -> None:
     """Gram matrices less the products of means would lose 4 of 7 digits here."""
-    center, spread = torch.stack(pairs(200, d, device=device))
-    features = [(center[i] + 0.03 * x).to(dtype) for i, x in enumerate((spread, spread.flip(0)))]
-    lambdas = 2e4, 1e4  # float16 would lose smaller gradients
-
-    def definition(*features: Tensor) -> Tensor:
-        terms = reference.cyclip_loss(*features, 1.0, *lambdas, centered=True)
-        return terms[TERMS[1]] + terms[TERMS[2]]
-
-    value, *grads = results(CyclicPenalty(*lambdas, centered=True, impl=impl), *features)
-    exact_value, *exact_grads = results(definition, *(x.double() for x in features))
-    torch.testing.assert_close(value.double(), exact_value, rtol=1e-6, atol=0)
-    for grad, exact in zip(grads, exact_grads, strict=True):
-        error = (grad.double() - exact).abs().max() / exact.abs().max()
-        assert error < 1e-5 + torch.finfo(dtype).eps
+    centers, spread = torch.stack(pairs(200, 64, device=device))
+    features = [(centers[i] + 0.03 * x).to(BF16) for i, x in enumerate((spread, spread.flip(0)))]
+    found = CyclicPenalty(centered=True, impl=impl)(*features, output_dict=True)
+    exact = reference.cyclip_loss(*(x.double() for x in features), 1.0, centered=True)
+    for name, penalty in found.items():
+        torch.testing.assert_close(penalty.double(), exact[name], rtol=1e-6, atol=0)
 
 
 def test_penalties_without_weights_have_a_zero_gradient(impl, device) -> None:

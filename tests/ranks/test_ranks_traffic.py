@@ -75,6 +75,9 @@ def test_a_step_sends_exactly_these_collectives(
     comparison = (gather, world_size * 4 * 8)  # a hash and three counts
     assert (found[:2], found[-1]) == ([comparison, text], text_grad)
     # The penalties alone, with any numbers of rows: one all-reduce, and nothing in backward.
-    assert sent(rows_per_rank=tuple(range(world_size)), function="penalties") == penalties
+    alone = {"rows_per_rank": tuple(range(world_size)), "function": "penalties"}
+    assert sent(**alone) == penalties
+    means = [(add, loss_bytes * (2 * D + 1))] if penalties else []
+    assert sent(**alone, centered=True) == [*means, *penalties]
     assert sent(function="log-sum-exps") == [text, *lse, *lse_gather, text_grad]
     assert sent(function="one way") == [text, text_grad]
