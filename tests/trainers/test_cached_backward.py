@@ -369,7 +369,7 @@ def sees_ddps_own_forward(rank: int, world_size: int) -> bool:
     return {*seen} == {original} and "forward" not in vars(model.text)
 
 
-def test_the_class_of_ddp_stays_as_it_is_while_the_model_runs(ranks) -> None:
+def test_ddps_modules_may_run_twice_with_hooks_and_its_class_stays_as_it_is(ranks) -> None:
     assert ranks.run(2, sees_ddps_own_forward) == [True, True]
 
 
