@@ -85,15 +85,16 @@ def cached_backward(
     The second run does not repeat the first if the outputs depend on something else that forward
     changes: parameters, as of a momentum encoder; a counter or a list in an attribute; a module
     that is not registered; a tensor that shares its memory with a buffer; the inputs themselves; or
-    random numbers from Python, NumPy, a `torch.Generator` or another device. So the outputs are
-    compared, and an error names those that differ by more than rounding explains: by 0.1%, or by 6%
-    if they have 16 bits or autocast is on. It comes after backward: discard the gradients, to which
-    the wrong ones were added. Of several ranks, one alone may raise it.
+    random numbers from Python, NumPy, a `torch.Generator` or another device. So both runs are
+    compared, by about 1,000 elements of each output. An error names the outputs that differ by more
+    than rounding explains: by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It
+    comes after backward: discard the gradients, to which the wrong ones were added. Of several
+    ranks, one alone may raise it.
 
-    Not noticed is a smaller difference, or one in values that are no floating-point tensors. And
-    what forward changes besides buffers, it changes twice in a step. Update a momentum encoder or a
-    counter outside of forward, and register tensors that change as buffers. A buffer must not
-    require gradients.
+    Two things are yours to avoid. A smaller difference is not noticed, nor one in values that are
+    not floating-point tensors. And what forward changes besides buffers, it changes twice in a
+    step: update a momentum encoder or a counter outside of forward, and register tensors that
+    change as buffers. A buffer must not require gradients.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N
@@ -101,7 +102,8 @@ def cached_backward(
 
     Across ranks, DDP, FSDP1 and FSDP2 reduce each gradient once, after the last backward. Average
     the gradients of parameters outside of the wrapper by hand. With DDP, ranks may have different
-    numbers of mini-batches and, if the loss allows it, of rows; with FSDP, they need `uneven`.
+    numbers of mini-batches and, if the loss allows it, of rows; with FSDP, they need `uneven`. Each
+    module that DDP wraps has to run in the first mini-batch.
     "Expected to mark a variable ready only once" is DDP's error if some mini-batches skip a layer
     (layer drop) and it has `find_unused_parameters=True`: set False, which is right if each rank
     runs each layer in some mini-batch. It is also its error if the model itself calls
