@@ -33,7 +33,7 @@ class Plan:
 # The paper's batch size is 128.
 CPU = Plan(
     dtypes=("float32",),
-    sizes=(*((2**k, 512) for k in range(7, 15)), (2048, 1024)),
+    sizes=(*((2**k, 512) for k in range(7, 14)), (2048, 1024)),
     timed_up_to=8192,
     error_size=(2048, 512),
 )

@@ -176,7 +176,10 @@ class _LogSumExps(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         logits = start_streaming(ctx, *inputs)
         *results, row_max, values = logsumexp_forward(logits, ctx.plan, ctx.ranks)
-        ctx.save_for_backward(*logits[:5], results[0], row_max, values)
+        # Not a slice of the record, which PyTorch 2.8 cannot trace.
+        rows, columns, scale, row_ids, column_ids, *_ = logits
+        saved = (rows, columns, scale, row_ids, column_ids, results[0], row_max, values)
+        ctx.save_for_backward(*saved)
         return tuple(results if logits.positives else results[:2])
 
     @staticmethod

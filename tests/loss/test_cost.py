@@ -1,6 +1,7 @@
 """Large batches need no N x N matrix, and exactly the flops of the formulas."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import pytest
@@ -23,13 +24,20 @@ def step(case: Case, given: Tensors, impl: str) -> None:
     function_of(case, impl)(**leaves).backward()
 
 
+@contextmanager
+def keeping(logits: int) -> Iterator[None]:
+    """Forward keeps the exponentials of at most so many logits."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", logits)
+        yield
+
+
 @pytest.fixture
-def n(impl, device, monkeypatch) -> Iterator[int]:
+def n(impl, device) -> Iterator[int]:
     """The number of rows, in several strips. Forward keeps nothing of their logits."""
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
-    with strips_of(STRIP_ROWS):
-        monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", 0)
+    with strips_of(STRIP_ROWS), keeping(0):
         yield NUM_ROWS[impl]
 
 
@@ -86,11 +94,10 @@ def test_forward_keeps_only_vectors_and_gram_matrices(
 
 
 @pytest.mark.parametrize("differentiated", [True, False])
-def test_exponentials_are_kept_for_backward_only(impl, n, differentiated, monkeypatch) -> None:
+def test_exponentials_are_kept_for_backward_only(impl, n, differentiated) -> None:
     """And not by the kernels. (At most 5 strips, as above, beside them.)"""
-    monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", n**2)
     leaves = Case(n, D).leaves("cpu")
-    with torch.set_grad_enabled(differentiated):
+    with keeping(n**2), torch.set_grad_enabled(differentiated):
         kept = sum(cpu_allocations(lambda: CyCLIPLoss(0, 0, impl=impl)(*leaves)))
     expected = 4 * n * n if differentiated and impl == "eager" else 0
     assert expected <= kept <= expected + 4 * 5 * n + 1024
@@ -131,9 +138,8 @@ def test_without_gradients_only_the_logits_are_computed(function: str) -> None:
     ],
 )
 def test_flops_are_those_of_the_formulas(
-    function: str, n: int, lambdas, n2d: int, nd2: int, monkeypatch
+    function: str, n: int, lambdas, n2d: int, nd2: int
 ) -> None:
     case = Case(n, 12, lambdas=lambdas, function=function)
-    with strips_of(7):
-        monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", 40**2)
+    with strips_of(7), keeping(40**2):
         assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12

@@ -59,6 +59,7 @@ def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(
 ) -> None:
     monkeypatch.setattr(files, "PATIENCE", 0)
     monkeypatch.setattr(command, "train", lambda flags: None)
+    monkeypatch.setattr(command.patches.TrainerPatches, "install", lambda *_: None)
     words = f"--preset icons --batch-size 8 --data {data} --out {tmp_path} --name run".split()
     with files.locked(tmp_path / "run"):
         with pytest.raises(UsageError, match="run: another process is writing to it: choose"):

@@ -223,9 +223,13 @@ class ReadsAndChangesBuffers(Model):
         return super().forward(centered, self.scripted(texts))
 
 
+class Output(dict):  # type: ignore[type-arg]
+    """No node of PyTorch's trees."""
+
+
 class ChangesItself(Model):
     """For a part of forward an attribute is set. A hook of the image tower registers a buffer in
-    its first call, and later changes it.
+    its first call, and later changes it. The output is of a subclass of dict.
     """
 
     shift = 0.0
@@ -238,7 +242,7 @@ class ChangesItself(Model):
         images, self.shift = images + self.shift, 1.0
         output = super().forward(images, *others)
         self.shift = 0.0
-        return output
+        return Output(output)
 
 
 def subtract_mean(tower: Any, args: tuple[Tensor]) -> Tensor:
@@ -302,6 +306,9 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> 
     assert_close(*found)
 
 
+ZERO = torch.tensor([0])
+
+
 @pytest.mark.parametrize(
     ("change", "dtype", "autocast", "is_error"),
     [
@@ -311,6 +318,13 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> 
         (lambda x, y, call: y + 1e-3 * call, torch.bfloat16, False, False),
         (lambda x, y, call: y + 3e-2 * call, torch.bfloat16, False, True),
         (lambda x, y, call: y * torch.nan, torch.float32, False, False),
+        (lambda x, y, call: y * (torch.nan if call > 2 else 1), torch.float32, False, True),
+        (
+            lambda x, y, call: (y + call).masked_fill(y == y[0], torch.inf),
+            torch.float32,
+            False,
+            True,
+        ),
         (lambda x, y, call: y[:, call // 3 :], torch.float32, False, True),
         (lambda x, y, call: (y, x.mul_(2))[0], torch.float32, False, True),
     ],
