@@ -37,18 +37,18 @@ def factors_kernel(
     matrix = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = index // padded_d
-    column = index % padded_d
-    grad = c_grad
-    if matrix == 0:
-        grad = a_grad
-    elif matrix == 1:
-        grad = b_grad
+    column = index - row * padded_d
     inside = (row < d) & (column < d)
-    factor = tl.zeros((BLOCK,), dtype=tl.float32)
-    if matrix != 2:
-        factor += tl.load(grad + row * d + column, mask=inside, other=0.0)
-    if matrix != 3:
-        factor += tl.load(grad + column * d + row, mask=inside, other=0.0)
+    direct = row * d + column
+    mirrored = column * d + row
+    if matrix == 0:
+        factor = tl.load(a_grad + direct, inside, 0.0) + tl.load(a_grad + mirrored, inside, 0.0)
+    elif matrix == 1:
+        factor = tl.load(b_grad + direct, inside, 0.0) + tl.load(b_grad + mirrored, inside, 0.0)
+    elif matrix == 2:
+        factor = tl.load(c_grad + mirrored, inside, 0.0)
+    else:
+        factor = tl.load(c_grad + direct, inside, 0.0)
     if PRECISION == "tf32":
         factor = round_to_tf32(factor)
     size = padded_d * padded_d

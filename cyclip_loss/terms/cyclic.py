@@ -176,7 +176,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, y: Any, a: Tensor, b: Tensor, *c: Tensor) -> Tensor:
-        grads = [*torch._foreach_mul([b, a], x), *(m.T.contiguous() * (2 * y) for m in c)]
+        grads = [*torch._foreach_mul([b, a], x), *[m.T.contiguous() * (2 * y) for m in c]]
         ctx.save_for_backward(*grads)
         total = torch.dot(a.view(-1), grads[0].view(-1))
         if c:
