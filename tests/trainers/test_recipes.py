@@ -19,7 +19,7 @@ from pages import run
 from processes import run_python
 from recipe_cases import batch, captions, tiny_clip, tokenizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -84,6 +84,26 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
         loss = sum(terms.values())
     found = loss.detach(), names["model"].logit_scale.data
     torch.testing.assert_close(found, last_loss_and_scale())
+
+
+def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch) -> None:
+    """The two towers are so far apart that, with the means, images are the nearest of an image."""
+
+    class Towers(torch.nn.Module):
+        def forward(self, *pair: Tensor) -> dict[str, Tensor]:
+            return dict(zip(FEATURES, (normalize(x, dim=-1) for x in pair), strict=True))
+
+    monkeypatch.chdir(tmp_path)
+    concepts, shift = normalize(torch.randn(640, 16), dim=-1), 4 * torch.eye(16)[0]
+    pairs = (concepts + shift, concepts - shift)
+    loader, new_pairs = [[x[part] for x in pairs] for part in (slice(512), slice(512, 640))]
+    names = {"model": Towers(), "loader": [loader], "new_pairs": new_pairs}
+    found = run("One index for images and texts", **names)
+    assert torch.equal(found["nearest"][:, 0], (torch.arange(256) + 128) % 256)
+    as_they_are = torch.cat([*Towers()(*new_pairs).values()])
+    assert ((as_they_are @ as_they_are.T)[:128].topk(10).indices < 128).all()
+    means = torch.load("means.pt")
+    assert torch.equal(means["text"], Towers()(*loader)["text_features"].mean(dim=0))
 
 
 def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
