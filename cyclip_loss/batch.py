@@ -92,7 +92,7 @@ class Plan(NamedTuple):
     # "dense"; "gram": D x D Gram matrices; "zero": both lambdas are 0, but the terms are returned;
     # "none": both lambdas are 0.
     penalties: str
-    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
+    # "eager", "triton", or "verified triton". While traced, one of `options.IMPLS`: the operators
     # choose when they run.
     engine: str
     # Whether backward may use forward's exponentials: by the eager engine on a CPU, not in a ring.

@@ -27,7 +27,9 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     """
     features = batch.image_features
     traced = is_traced(features)
-    engine = options.impl if traced else engines.choose(options.impl, features)[0]
+    engine = computes = options.impl
+    if not traced:
+        engine, computes = engines.choose(options.impl, features)
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties, with_cross, centered = "none", False, False
     if isinstance(options, PenaltyOptions):
@@ -73,5 +75,5 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         centered,
     )
     if not traced and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)
+        _log.debug("%d pairs on this rank, D = %d: %s; %s", *features.shape, computes, plan)
     return plan

@@ -88,7 +88,7 @@ def trial(kernel: str, image: Tensor, arguments: list[Any], config: Any) -> floa
     configs.tuned(image.device)[key] = config
     try:
         for call in arguments:
-            problem = problem or verified(image).compare(kernel, call)
+            problem = problem or verified("triton", image).compare(kernel, call)
         if problem is None:
             launch = partial(getattr(kernels, kernel), *arguments[0])
             ms = 0.0 if kernels.INTERPRETED else do_bench(launch, return_mode="median")

@@ -43,7 +43,7 @@ class VerifiedKernels:
     """An engine: the functions of the kernels, or the eager functions where a kernel is wrong.
 
     Args:
-        kernels: the module `cyclip_loss.kernels`.
+        kernels: an engine's module, such as `cyclip_loss.kernels`, which also has `platform_of`.
         eager: the engine that the kernels are compared with, and that replaces them.
         device, dtype: of the features. One wrong layout switches the kernels off for all such
             features.
@@ -53,8 +53,9 @@ class VerifiedKernels:
         self.kernels, self.eager, self.device, self.dtype = kernels, eager, device, dtype
         self.agreed: set[Any] = set()
         self.problem: str | None = None
-        # Several tiles in each direction, and no multiple of one. The interpreter's are smaller.
-        self.num_rows, self.num_columns = (40, 70) if kernels.INTERPRETED else (600, 700)
+        # Several tiles in each direction, and no multiple of one. On a CPU, Triton's interpreter has
+        # smaller tiles.
+        self.num_rows, self.num_columns = (40, 70) if device.type == "cpu" else (600, 700)
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         """A function of an engine."""
@@ -98,7 +99,7 @@ class VerifiedKernels:
         warn_once(
             f"kernels: {device}, {self.dtype}",
             f"the Triton kernels do not work on {device} "
-            f"({self.kernels.configs.platform_of(device)}, PyTorch {torch.__version__}); PyTorch "
+            f"({self.kernels.platform_of(device)}, PyTorch {torch.__version__}); PyTorch "
             f"computes {self.dtype} instead, with the same results but slower. {self.problem}",
             every_rank=True,
         )
@@ -187,7 +188,7 @@ class VerifiedKernels:
     def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
         """Row and column features. Every fifth row is nearly aligned with its column."""
         # An odd multiple has the same `divisor_of`. The interpreter is slow.
-        d = 3 * divisor if self.kernels.INTERPRETED else divisor + 2 * MAX_DIVISOR
+        d = 3 * divisor if self.device.type == "cpu" else divisor + 2 * MAX_DIVISOR
         noise = _random(self.num_rows + self.num_columns, d)
         row_features, column_features = F.normalize(noise, dim=1).tensor_split((self.num_rows,))
         column_features[: self.num_rows : 5] = row_features[::5] + 0.01 * column_features[:1]
