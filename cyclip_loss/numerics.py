@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Elements of one strip. On a CPU, 2^18 float32 are 1 MB, which stays in a core's cache between the
 # steps that exponentials take. Other devices need 2^26 elements to be busy.
-STRIP_ELEMENTS = {"cpu": 2**18}
+STRIP_ELEMENTS = {"cpu": 2**20}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # With fewer rows a matrix product is not efficient, however wide the strip. Up to 256 rows may take
 # 2^23 elements.

@@ -329,7 +329,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
     grams = torch.zeros(3 if with_cross else 2, d, d, dtype=dtype, device=image_features.device)
-    for start, stop in strips(n, rows_per_strip(d, image_features.device)):
+    for start, stop in strips(n, rows_per_strip(4 * d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
         u, v = image + text, image - text
         grams[0].addmm_(u.T, u)
@@ -359,7 +359,7 @@ def cyclic_grads(
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
-    for start, stop in strips(n, rows_per_strip(d, image_features.device)):
+    for start, stop in strips(n, rows_per_strip(4 * d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
         u, v = image + text, image - text
         u_grad, v_grad = u @ a_grad, v @ b_grad
