@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.engines import eager
-from cyclip_loss.engines.verification import VerifiedKernels
+from cyclip_loss.engines.verification import VerifiedKernels, described
 from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import architecture, float32_is_exact
 from cyclip_loss.options import IMPLS, one_of
@@ -56,7 +56,7 @@ def choose(impl: str, features: Tensor) -> tuple[str, str]:
         source = "CYCLIP_LOSS_IMPL"
         asked = os.environ[source]
     one_of(IMPLS)(source, asked)
-    why_not = f"{source} is 'eager'"
+    why_not: str | None = f"{source} is 'eager'"
     if features.dtype == torch.float64:
         why_not = "the kernels do not compute float64"
     elif asked != "eager":
@@ -136,10 +136,9 @@ def _import_problem() -> str:
         import cyclip_loss.kernels  # noqa: F401
     except Exception as error:
         return (
-            f"the Triton kernels cannot be imported: {type(error).__name__}: "
-            f"{str(error).strip()[:500]}. Install the Triton that belongs to your version of "
-            "PyTorch: `pip install triton` (Windows: `triton-windows`; ROCm: the one that "
-            "PyTorch's index lists beside it)"
+            f"the Triton kernels cannot be imported: {described(error)}. Install the Triton that "
+            "belongs to your version of PyTorch: `pip install triton` (Windows: `triton-windows`; "
+            "ROCm: the one that PyTorch's index lists beside it)"
         )
     return ""
 
