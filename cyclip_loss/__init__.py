@@ -2,7 +2,7 @@
 
 from cyclip_loss import reference
 from cyclip_loss.cached_backward import cached_backward
-from cyclip_loss.diagnostics import engine_of
+from cyclip_loss.engines import engine_of
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.logsumexp import ContrastiveLogSumExp, contrastive_logsumexp
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty

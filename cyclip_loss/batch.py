@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cyclip_loss.logits import Logits
+
 
 class Ranks(NamedTuple):
     """The ranks that share the batch, in types that an operator of torch.compile can take.
@@ -53,12 +55,8 @@ class Comparison(NamedTuple):
     """
 
     name: str  # of the argument with the columns
-    row_features: Tensor  # (n, D)
-    column_features: Tensor  # (m, D), this rank's
-    row_ids: Tensor | None  # (n,), int64; None if `column_ids` is None
-    column_ids: Tensor | None  # (m,)
-    has_pairs: bool  # whether row i is paired with column i; no column of extra negatives is
-    ranks: Ranks  # with the number of columns on each, once they were compared (`inputs.agree`)
+    logits: Logits  # of this rank's rows and columns; without pairs for extra negatives
+    ranks: Ranks  # with the number of columns on each
 
 
 class Batch(NamedTuple):
@@ -66,14 +64,11 @@ class Batch(NamedTuple):
 
     image_features: Tensor  # (n, D)
     text_features: Tensor  # (n, D)
-    # With the number of pairs on each, once they were compared. The penalties alone need no
-    # comparison: their all-reduce counts the rows.
+    # With the number of pairs on each. The penalties alone need no comparison of ranks: their
+    # all-reduce counts the rows.
     ranks: Ranks
-    function: str = "CyclicPenalty"  # the public name of what was called
-    logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
+    comparisons: tuple[Comparison, ...] = ()  # the first is of images with texts; empty: penalties
     logit_bias: Tensor | None = None  # scalar of the accumulation dtype
-    comparisons: tuple[Comparison, ...] = ()  # the first one is of images with texts
-    positives: bool = False  # whether rows with the same id are positives of each other
 
     # Not a property, which PyTorch 2.8 cannot trace.
     def total_pairs(self) -> int:
@@ -92,12 +87,12 @@ class Plan(NamedTuple):
     # "dense"; "gram": D x D Gram matrices; "zero": both lambdas are 0, but the terms are returned;
     # "none": both lambdas are 0.
     penalties: str
-    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
+    # "eager", "triton", or "verified triton". While traced, one of `options.IMPLS`: the operators
     # choose when they run.
     engine: str
-    # Whether backward may use forward's exponentials: by the eager engine on a CPU, not in a ring.
-    shares_exponentials: bool
-    kept_exponentials: int  # forward keeps those of at most so many logits
+    # Of at most so many logits, forward keeps the exponentials for backward. -1: the two share no
+    # exponentials. Only the eager engine on a CPU shares them, and not in a ring.
+    kept_exponentials: int
     strategy: str  # how columns reach the rows of other ranks, a name in `ranks.exchange`
     output_dict: bool  # whether the terms are returned one by one
     with_cross: bool  # whether the penalties need the Gram matrix C

@@ -15,192 +15,210 @@ import torch
 from torch import Tensor
 
 from cyclip_loss import usage_warnings
-from cyclip_loss.batch import Batch, Comparison, Plan, Ranks
+from cyclip_loss.batch import Batch, Comparison, Ranks
+from cyclip_loss.logits import NO_PAIRS, Logits
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing, is_traced
-from cyclip_loss.options import ContrastiveModule, ContrastiveOptions, Options, number
+from cyclip_loss.options import (
+    ContrastiveModule,
+    ContrastiveOptions,
+    Options,
+    PenaltyOptions,
+    number,
+)
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Of further features, those that are compared with the images.
+IMAGES_MEET = ("negative_text", "augmented_image")
 # Modules and functions whose inputs were checked. Copies of a module are checked again.
 _checked: WeakSet[Any] = WeakSet()
 
 
 def prepare_pairs(
-    image_features: Tensor, text_features: Tensor, options: Options, output_dict: bool
+    options: Options,
+    image_features: Tensor,
+    text_features: Tensor,
+    output_dict: bool,
+    hint: str = "pass no logit scale",
 ) -> Batch:
     """The batch of a call of the penalties alone. Raises as `CyCLIPLoss`."""
     if not isinstance(output_dict, bool):
-        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: {hint}")
     ranks = ranks_of(options.process_group, options.distributed)
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     return Batch(*pair, ranks)
 
 
 def prepare(
-    function: str,
+    options: ContrastiveOptions,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    options: ContrastiveOptions,
     output_dict: bool = False,
     *,
-    same_ids: str = "ignored",
+    function: str = "",
+    symmetric: bool,
     logit_bias: Tensor | float | None = None,
-    **others: Tensor | None,
+    **others: Any,
 ) -> Batch:
-    """The batch of a call of a contrastive loss, before `agree`. Raises as `CyCLIPLoss`.
+    """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
 
-    function: the public name of the loss; others: ids, and augmented and negative features, by
-    their argument's name.
+    Across ranks, the first call of a configuration is compared with the other ranks'. Extra
+    negatives are left out if there are none on any rank.
+
+    options: the module; function: the public name of the loss, by default the module's class;
+    symmetric: whether the texts have log-sum-exps, too; others: ids, and augmented and negative
+    features, by their argument's name.
     """
-    if not isinstance(output_dict, bool):
-        hint = "pass lambdas to the constructor, and ids by keyword"
-        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: {hint}")
-    ranks = ranks_of(options.process_group, options.distributed)
-    several = ranks.size > 1
-    images, texts = check_features(image_features, text_features, may_be_empty=several)
-    if isinstance(options, ContrastiveModule) and options.distributed:
+    hint = "pass lambdas to the constructor, and ids by keyword"
+    images, texts, ranks, *_ = prepare_pairs(
+        options, image_features, text_features, output_dict, hint
+    )
+    positives = False
+    if isinstance(options, ContrastiveModule):
         _check_rank(options, ranks)
+        positives = options.same_ids == "positives"
     scale = check_scalar("logit_scale", logit_scale, images)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
     ids = check_ids("ids", others.pop("ids"), images)
-    if ids is None and same_ids == "positives":
+    if ids is None and positives:
         raise ValueError("same_ids='positives' needs ids, got None")
-    comparisons = [Comparison("text_features", images, texts, ids, ids, True, ranks)]
+    found = [("text_features", images, texts, ids, ids, 0)]
     others = {name: value for name, value in others.items() if value is not None}
-    sources = (
-        {}
-        if not others
-        else {
-            "negative_text": images,
-            "negative_image": texts,
-            "augmented_image": images,
-            "augmented_text": texts,
-        }
-    )
-    for name, rows in sources.items():
-        features, has_pairs = others.get(f"{name}_features"), name.startswith("augmented")
-        column_ids = ids if has_pairs else others.get(f"{name}_ids")
-        if features is None:
-            if column_ids is not None and not has_pairs:
-                raise ValueError(f"{name}_ids needs {name}_features, got None")
+    for name, features in others.items():
+        kind, _, what = name.rpartition("_")
+        if what == "ids":
+            if f"{kind}_features" not in others:
+                raise ValueError(f"{name} needs {kind}_features, got None")
             continue
-        names = "image_features" if rows is images else "text_features", f"{name}_features"
-        columns = check_features(rows, features, names, several, has_pairs)[1]
+        has_pairs, of_images = kind.startswith("augmented"), kind in IMAGES_MEET
+        rows, rows_name = (images, "image_features") if of_images else (texts, "text_features")
+        names = rows_name, name
+        columns = check_features(rows, features, names, ranks.size > 1, has_pairs)[1]
+        column_ids = ids
         if not has_pairs:
-            column_ids = check_ids(f"{name}_ids", column_ids, columns)
+            column_ids = check_ids(f"{kind}_ids", others.get(f"{kind}_ids"), columns)
             if column_ids is not None and ids is None:
-                raise ValueError(f"{name}_ids needs ids, got None")
-            # A negative that is not finite makes all of this rank's logits NaN. It might have only
-            # logits of -inf, or be left out by its id, and the loss would stay finite.
+                raise ValueError(f"{kind}_ids needs ids, got None")
+            # Its NaN has to reach the scale: its own logits may be -inf or masked.
             zero = (columns - columns).detach()
             columns, scale = columns + zero, scale + zero.sum()
         row_ids = None if column_ids is None else ids
-        comparison = Comparison(names[1], rows, columns, row_ids, column_ids, has_pairs, ranks)
-        comparisons.append(comparison)
-    given = {comparison.name for comparison in comparisons}
-    views = {"augmented_image_features", "augmented_text_features"}
-    if len(views & given) == 1:
-        (missing,) = views - given
-        raise ValueError(f"augmented features go together: {missing} is None")
-    positives = same_ids == "positives"
-    return Batch(images, texts, ranks, function, scale, bias, tuple(comparisons), positives)
+        found.append((name, rows, columns, row_ids, column_ids, 0 if has_pairs else NO_PAIRS))
+    missing = {"augmented_image_features", "augmented_text_features"} - {*others}
+    if len(missing) == 1:
+        raise ValueError(f"augmented features go together: {missing.pop()} is None")
+    counted: dict[str, Ranks] = {}
+    if ranks.size > 1:
+        function = function or type(options).__name__
+        counted = _agreed_ranks(function, options, found, [scale, bias], output_dict, ranks)
+        ranks = counted["image_features and text_features"]
+    comparisons: list[Comparison] = []
+    for name, rows, columns, row_ids, column_ids, partner_offset in found:
+        columns_of_ranks, has_pairs = counted.get(name, ranks), partner_offset == 0
+        if not has_pairs and columns_of_ranks.total_rows(columns.shape[0]) == 0:
+            continue
+        if column_ids is not None:  # torch.compile refuses the same tensor twice
+            column_ids = column_ids.view_as(column_ids)
+        logits = Logits(
+            rows,
+            columns,
+            scale,
+            row_ids,
+            column_ids,
+            partner_offset,
+            symmetric and not comparisons,
+            positives and has_pairs,
+        )
+        comparisons.append(Comparison(name, logits, columns_of_ranks))
+    return Batch(images, texts, ranks, tuple(comparisons), bias)
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
     """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
     rank, world_size = max(options.rank, 0), max(options.world_size, 1)
-    if rank not in (0, ranks.rank) or world_size not in (1, ranks.size):
+    fits = rank in (0, ranks.rank) and world_size in (1, ranks.size)
+    if options.distributed and not fits:
         raise ValueError(
             f"rank={options.rank} and world_size={options.world_size} were given, but this process "
             f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
         )
 
 
-def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
-    """The batch with the numbers of rows on each rank, after a comparison with the other ranks'.
+def _agreed_ranks(
+    function: str,
+    options: ContrastiveOptions,
+    found: list[Any],
+    scalars: list[Tensor | None],
+    output_dict: bool,
+    ranks: Ranks,
+) -> dict[str, Ranks]:
+    """The ranks with their numbers of rows, by arguments, after a comparison with the other ranks.
 
-    Extra negatives are left out if there are none on any rank. The signature has what decides which
-    collectives run, by the name that error messages use. Raises as `check_ranks_agree`.
+    The signature has what decides which collectives run, besides options, by the name that error
+    messages use. Raises as `check_ranks_agree`. found: of each comparison, the name, the row and
+    column features, the row and column ids, and the partner offset.
     """
-    if batch.ranks.size == 1:
-        return _compared(batch, {})
-    trains, comparisons = torch.is_grad_enabled(), batch.comparisons
-    scalars = [x for x in (batch.logit_scale, batch.logit_bias) if x is not None]
-    differentiated = [
-        trains and any(x.requires_grad for x in (c.row_features, c.column_features, *scalars))
-        for c in comparisons
-    ]
-    trained = [c.name for c in comparisons if trains and c.column_features.requires_grad]
-    has_penalties = plan.penalties == "gram"
+    images = found[0][1]
+    num_rows = {
+        "image_features and text_features": images.shape[0],
+        "negative_text_features": 0,
+        "negative_image_features": 0,
+    }
+    trains = torch.is_grad_enabled()
+    differentiated, with_ids, trained = [], [], []
+    for name, rows, columns, _, column_ids, _ in found:
+        inputs = columns, rows, *scalars
+        requires = [trains and x is not None and x.requires_grad for x in inputs]
+        differentiated.append(any(requires))
+        if requires[0]:
+            trained.append(name)
+        if column_ids is not None:
+            with_ids.append(name)
+        if name in num_rows:
+            num_rows[name] = columns.shape[0]
+    has_penalties = is_apart = False
+    if isinstance(options, PenaltyOptions):
+        has_penalties = options.has_penalties()
+        is_apart = has_penalties and options.needs_cross(output_dict)
     signature: dict[str, Hashable] = {
-        "the function": batch.function,
+        "the function": function,
         # A term whose backward runs on some ranks only would wait for the others.
         "whether an input of each contrastive term requires a gradient": tuple(differentiated),
-        "dist_impl": options.dist_impl,
-        "uneven": options.uneven,
         "whether a penalty has a weight": has_penalties,
         # More is sent for penalties that are computed one by one.
-        "whether the penalties are computed apart (output_dict, or different lambdas)": (
-            has_penalties and plan.with_cross
-        ),
-        "whether the features of the penalties are centered": plan.centered,
-        "which of the augmented and negative features are given": ", ".join(
-            c.name for c in comparisons[1:]
-        ),
-        "for which features ids are given": ", ".join(
-            c.name for c in comparisons if c.column_ids is not None
-        ),
-        "same_ids": "positives" if batch.positives else "ignored",
+        "whether the penalties are computed apart (output_dict, or different lambdas)": is_apart,
+        "which of the augmented and negative features are given": ", ".join(x[0] for x in found),
+        "for which features ids are given": ", ".join(with_ids),
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
-    num_rows = {
-        "image_features and text_features": batch.image_features.shape[0],
-        "negative_text_features": 0,
-        "negative_image_features": 0,
-        **{c.name: c.column_features.shape[0] for c in comparisons if not c.has_pairs},
-    }
-    found = check_ranks_agree(
-        batch.ranks,
-        batch.image_features,
-        num_rows,
-        signature,
-        options,
-        options.uneven,
-    )
-    return _compared(batch, found)
+    return check_ranks_agree(ranks, images, num_rows, signature, options)
 
 
-def _compared(batch: Batch, found: dict[str, Ranks]) -> Batch:
-    """The batch with these ranks, and without comparisons that no rank has columns for."""
-    pair_ranks = found.get("image_features and text_features", batch.ranks)
-    kept = []
-    for name, rows, columns, row_ids, column_ids, has_pairs, _ in batch.comparisons:
-        ranks = found.get(name, pair_ranks)
-        if has_pairs or ranks.total_rows(columns.shape[0]) > 0:
-            kept.append(Comparison(name, rows, columns, row_ids, column_ids, has_pairs, ranks))
-    # Not `_replace`, which PyTorch 2.8 cannot trace.
-    images, texts, _, function, scale, bias, _, positives = batch
-    return Batch(images, texts, pair_ranks, function, scale, bias, tuple(kept), positives)
+def warn_of_mistakes(called: Any, batch: Batch) -> None:
+    """Warn of penalties that are too strong and, in the first call that has rows, of its inputs.
 
-
-def check_inputs_once(called: Any, batch: Batch) -> None:
-    """Warn of unusual features or an unusual scale, in the first call that has rows.
-
-    The check waits for the device, once. It is skipped while a CUDA graph is captured. called: the
-    module or function.
+    The check of the inputs waits for the device, once. It is skipped while a CUDA graph is
+    captured. called: the module or function.
     """
-    image = batch.image_features
+    image, logits = batch.image_features, [x.logits for x in batch.comparisons]
     # `is_traced` comes first: compiled code must not depend on what was checked.
-    if is_traced(image) or called in _checked or image.shape[0] == 0:
+    if is_traced(image):
         return
-    if not image.is_meta and not is_capturing(image):
-        _checked.add(called)
-        features = [image, batch.text_features, *[c.column_features for c in batch.comparisons]]
-        usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
+    if isinstance(called, PenaltyOptions):
+        usage_warnings.warn_of_penalties(called, batch.total_pairs())
+    names = [x.name for x in batch.comparisons]
+    weight = getattr(called, "inmodal_contrastive_weight", None)
+    if weight is not None and "augmented_text_features" not in names:
+        usage_warnings.warn_of_unused_weight()
+    if called in _checked or image.shape[0] == 0 or image.is_meta or is_capturing(image):
+        return
+    _checked.add(called)
+    features = [image, batch.text_features, *[x.column_features for x in logits]]
+    usage_warnings.warn_of_unusual_inputs(features, logits[0].logit_scale if logits else None)
 
 
 def check_features(
@@ -310,16 +328,6 @@ def caption_ids(tokens: Tensor) -> Tensor:
     _check_dense("tokens", tokens, "to_local")  # first: a nested tensor has no shape
     if tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
         raise TypeError(f"{must} {tokens.dtype} of shape {tuple(tokens.shape)}")
-    length = tokens.shape[1]
-    weights = CAPTION_WEIGHTS[:length] if length <= 128 else _caption_weights(length)
-    factors = torch.tensor(weights, dtype=torch.int64, device=tokens.device)
-    return (tokens.long() * factors).sum(dim=1)  # wraps around at 64 bits
-
-
-def _caption_weights(length: int) -> list[int]:
-    """Powers of an odd number, as signed 64-bit numbers: the hash is a polynomial modulo 2^64."""
-    return [(pow(0x9E3779B97F4A7C15, i, 2**64) + 2**63) % 2**64 - 2**63 for i in range(length)]
-
-
-# Not computed in `caption_ids`: torch.compile computes constants of 64 bits wrongly.
-CAPTION_WEIGHTS = _caption_weights(128)
+    # Powers of an odd number modulo 2^64, at which products and sums wrap around.
+    weights = torch.full((tokens.shape[1],), 0x5BD1E995, device=tokens.device).cumprod(0)
+    return (tokens.long() * weights).sum(dim=1)

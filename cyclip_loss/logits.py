@@ -19,11 +19,11 @@ class Logits(NamedTuple):
     row_features: Tensor  # (n, D)
     column_features: Tensor  # (m, D)
     logit_scale: Tensor  # scalar of the accumulation dtype
-    row_ids: Tensor | None = None  # (n,), int64; None if `column_ids` is None
-    column_ids: Tensor | None = None  # (m,), int64
-    partner_offset: int = 0
-    symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
-    positives: bool = False  # whether rows with the same id are positives of each other
+    row_ids: Tensor | None  # (n,), int64; None if `column_ids` is None
+    column_ids: Tensor | None  # (m,), int64
+    partner_offset: int
+    symmetric: bool  # whether columns have log-sum-exps, too, or only rows
+    positives: bool  # whether rows with the same id are positives of each other
 
     @property
     def pairs(self) -> tuple[slice, slice]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss.inputs import agree, check_inputs_once, prepare
+from cyclip_loss.inputs import prepare, warn_of_mistakes
 from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.plan import make_plan
 from cyclip_loss.terms import contrastive
@@ -82,21 +82,20 @@ def contrastive_logsumexp(
         impl=impl,
     )
     batch = prepare(
-        f"contrastive_logsumexp(one_way={boolean('one_way', one_way)})",
+        options,
         image_features,
         text_features,
         logit_scale,
-        options,
+        function=f"contrastive_logsumexp(one_way={boolean('one_way', one_way)})",
+        symmetric=not one_way,
         ids=ids,
         negative_text_features=negative_text_features,
         negative_text_ids=negative_text_ids,
     )
     plan = make_plan(batch, options)
-    batch = agree(batch, plan, options)
-    check_inputs_once(contrastive_logsumexp, batch)
-    started = contrastive.start(batch, plan, symmetric=not one_way)
-    found = contrastive.log_sum_exps(batch, plan, started)[0]
-    lse, pair_logits = found.negatives_lse, found.pair_logits
+    warn_of_mistakes(contrastive_logsumexp, batch)
+    started = contrastive.start(batch, plan)
+    lse, pair_logits, _ = contrastive.log_sum_exps(batch, plan, started)[0]
     if plan.contrastive == "dense" or len(batch.comparisons) > 1:
         # Rows without negatives may have the lowest number of the dtype, which has a gradient.
         lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)

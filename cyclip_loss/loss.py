@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cyclip_loss import options, usage_warnings
-from cyclip_loss.inputs import agree, check_inputs_once, prepare, prepare_pairs
-from cyclip_loss.numerics import is_traced
+from cyclip_loss import options
+from cyclip_loss.inputs import prepare, prepare_pairs, warn_of_mistakes
 from cyclip_loss.options import ContrastiveModule, Module, PenaltyOptions, option
 from cyclip_loss.plan import make_plan
-from cyclip_loss.terms import contrastive, cyclic
+from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
 
 
 @dataclass(eq=False, repr=False)
@@ -164,13 +163,12 @@ class CyCLIPLoss(ContrastiveModule):
                 empty.
         """
         batch = prepare(
-            "CyCLIPLoss",
+            self,
             image_features,
             text_features,
             logit_scale,
-            self,
             output_dict,
-            same_ids=self.same_ids,
+            symmetric=True,
             logit_bias=logit_bias,
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
@@ -181,24 +179,17 @@ class CyCLIPLoss(ContrastiveModule):
             negative_text_ids=negative_text_ids,
         )
         plan = make_plan(batch, self, output_dict)
-        batch = agree(batch, plan, self)
-        centered = cyclic.centered(batch, plan)
-        started = contrastive.start(batch, plan, symmetric=True)
-        grams = cyclic.start_grams(centered, plan)
+        started = contrastive.start(batch, plan)
+        grams = cyclic.start(batch, plan)
         losses = contrastive.losses(batch, plan, started)
-        weight = self.inmodal_contrastive_weight
-        terms = contrastive.weighted(losses, weight)
-        penalties = cyclic.terms(centered, plan, self, grams)
+        terms = contrastive.weighted(losses, self.inmodal_contrastive_weight)
+        penalties = cyclic.terms(grams, plan, self)
         if self.lambda_progress:
             progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
         terms |= penalties
-        if not is_traced(image_features):
-            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
-            if weight is not None and augmented_image_features is None:
-                usage_warnings.warn_of_unused_weight()
-            check_inputs_once(self, batch)
-        return terms if output_dict else cyclic.total(terms.values())
+        warn_of_mistakes(self, batch)
+        return terms if output_dict else sum_of_terms(terms.values())
 
 
 @dataclass(eq=False, repr=False)
@@ -232,13 +223,10 @@ class CyclicPenalty(Module):
 
         image_features, text_features: (N, D), or (n, D) on each rank; rows of unit length.
         """
-        batch = prepare_pairs(image_features, text_features, self, output_dict)
+        batch = prepare_pairs(self, image_features, text_features, output_dict)
         plan = make_plan(batch, self, output_dict)
-        centered = cyclic.centered(batch, plan)
-        terms = cyclic.terms(centered, plan, self, cyclic.start_grams(centered, plan))
-        if not is_traced(image_features):
-            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
-            check_inputs_once(self, batch)
+        terms = cyclic.terms(cyclic.start(batch, plan), plan, self)
+        warn_of_mistakes(self, batch)
         return terms if output_dict else terms["cyclic_loss"]
 
 

@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 from cyclip_loss.batch import Ranks
 from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import rows_per_strip
-from cyclip_loss.options import boolean
+from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
@@ -108,7 +108,8 @@ def _gather(pair: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[tuple[Tensor, Te
     """The features of all ranks, and the ranks with their numbers of rows."""
     n, d = pair[0].shape
     num_rows, signature = {"both features": n}, {"the function": "consistency_metrics"}
-    ranks = check_ranks_agree(ranks, pair[0], num_rows, signature, uneven=True)["both features"]
+    options = ContrastiveOptions(uneven=True)
+    ranks = check_ranks_agree(ranks, pair[0], num_rows, signature, options)["both features"]
     own = torch.cat(pair, dim=1)
     gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
     images, texts = gathered.tensor_split((d,), dim=1)

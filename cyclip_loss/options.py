@@ -28,8 +28,8 @@ NOT_STORED = "not stored with the module: set its attribute process_group"
 def number(name: str, value: Any, kind: str = "a number") -> float:
     """The value as a float, or TypeError unless it is a number. Infinite if it is too large.
 
-    Always a float, so that torch.compile sees no change of type, and NumPy compares it with others
-    without rounding them to the value's dtype.
+    Always a float: torch.compile treats an integer attribute as a constant, and a float as an
+    input; and NumPy compares it with others without rounding them to the value's dtype.
     """
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -53,18 +53,21 @@ def optional_weight(name: str, value: Any) -> float | None:
     return None if value is None else weight(name, value)
 
 
-def integer(name: str, value: Any, alternative: str = "") -> int:
+def integer(name: str, value: Any) -> int:
     """The value, or TypeError unless it is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer{alternative}, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     return value  # type: ignore[return-value]
 
 
-def optional_batch_size(name: str, value: Any) -> int | None:
-    """The value, or an error unless it is None or an integer >= 1."""
-    if value is not None and not 1 <= number(name, integer(name, value, " or None")) < inf:
+def optional_batch_size(name: str, value: Any) -> float | None:
+    """The value as a float, or an error unless it is None or an integer >= 1."""
+    if value is None:
+        return None
+    given = number(name, integer(name, value))
+    if not 1 <= given < inf:
         raise ValueError(f"{name} must be >= 1 and finite, got {value}")
-    return value  # type: ignore[no-any-return]
+    return given
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -164,20 +167,14 @@ class PenaltyOptions(Options):
     lambda_inmodal: float = option(0.25, weight)
     lambda_crossmodal: float = option(0.25, weight)
     _: KW_ONLY
-    reference_batch_size: int | None = option(None, optional_batch_size)
+    reference_batch_size: float | None = option(None, optional_batch_size)
     centered: bool = option(False, boolean)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "reference_batch_size":
-            # torch.compile treats an integer attribute as a constant, and a float as an input.
-            self._reference = None if value is None else float(value)
 
     def has_penalties(self) -> bool:
         """Whether a lambda is not 0.
 
-        Here and below, `==` would make torch.compile treat a number as static, and each comparison
-        that it makes doubles the graphs.
+        Not with `==`, here and below: it would make Dynamo specialise on the number, and compile a
+        graph for each outcome.
         """
         return self.lambda_inmodal + self.lambda_crossmodal > 0
 
@@ -185,15 +182,15 @@ class PenaltyOptions(Options):
         """Whether the penalties need the Gram matrix C: one by one, or with different weights."""
         return output_dict or abs(self.lambda_inmodal - self.lambda_crossmodal) > 0
 
-    def weights(self, total: Any, one: Any) -> tuple[Any, Any]:
+    def weights(self, num_pairs: Any, one: Any) -> tuple[Any, Any]:
         """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
-        lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N,
-        a number or a tensor; one: 1, as a number or a tensor.
+        lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
+        num_pairs: N, a number or a tensor; one: 1, as a number or a tensor.
         """
-        factor = one / total
-        if self._reference is not None:
-            factor = factor * self._reference / total
+        factor = one / num_pairs
+        if self.reference_batch_size is not None:
+            factor = factor * self.reference_batch_size / num_pairs
         return factor * self.lambda_inmodal, factor * self.lambda_crossmodal
 
 

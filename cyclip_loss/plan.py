@@ -27,8 +27,11 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     """
     features = batch.image_features
     traced = is_traced(features)
-    engine = options.impl if traced else engines.choose(options.impl, features)[0]
-    contrastive = "none" if batch.logit_scale is None else "streamed"
+    engine = computes = options.impl
+    if not traced:
+        engine, computes = engines.choose(options.impl, features)
+    logits = [x.logits for x in batch.comparisons]
+    contrastive = "streamed" if logits else "none"
     penalties, with_cross, centered = "none", False, False
     if isinstance(options, PenaltyOptions):
         if options.has_penalties():
@@ -53,25 +56,26 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 8 to 14 N D^2.
         if penalties == "gram" and n <= limit:
             penalties = "dense"
-        most = max([n, *[x.column_features.shape[0] for x in batch.comparisons]])
-        if contrastive == "streamed" and not batch.positives and most <= limit:
+        most = max([n, *[x.column_features.shape[0] for x in logits]])
+        if logits and not logits[0].positives and most <= limit:
             contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
+    kept_exponentials = -1
     # On other devices the host would wait to see whether the shared exponentials are exact.
-    shares_exponentials = is_eager and features.is_cpu and strategy == "gather"
-    inputs = (features, batch.text_features, batch.logit_scale)
-    is_trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if is_eager and features.is_cpu and strategy == "gather":
+        inputs = (features, batch.text_features, *[x.logit_scale for x in logits[:1]])
+        is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        kept_exponentials = KEPT_EXPONENTIALS if is_trained else 0
     plan = Plan(
         contrastive,
         penalties,
         engine,
-        shares_exponentials,
-        KEPT_EXPONENTIALS if shares_exponentials and is_trained else 0,
+        kept_exponentials,
         strategy,
         output_dict,
         with_cross,
         centered,
     )
     if not traced and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%d pairs on this rank, D = %d: %s", *features.shape, plan)
+        _log.debug("%d pairs on this rank, D = %d: %s; %s", *features.shape, computes, plan)
     return plan

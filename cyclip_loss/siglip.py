@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import engines, options, usage_warnings
+from cyclip_loss import engines, options
 from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.engines import eager
-from cyclip_loss.inputs import agree, check_inputs_once, prepare
+from cyclip_loss.inputs import prepare, warn_of_mistakes
 from cyclip_loss.logits import Gradients, Logits
-from cyclip_loss.numerics import accumulation_dtype, is_traced, without_autocast
+from cyclip_loss.numerics import accumulation_dtype, without_autocast
 from cyclip_loss.options import ContrastiveModule, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
-from cyclip_loss.terms import contrastive, cyclic
+from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
 from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 
 
@@ -65,12 +65,15 @@ class CySigLIPLoss(ContrastiveModule):
     >>> loss_fn(features, features.detach(), logit_scale=10.0, logit_bias=-10.0).backward()
     """
 
+    # The loss is the sum of f(-y_ij l_ij), with this f of `eager.ELEMENTWISE`. Another elementwise
+    # loss is a subclass with another f.
+    elementwise = "sigmoid"
     lambda_inmodal: float = option(0.0, options.weight)
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
     bidir: bool = option(True, options.boolean, same_on_all_ranks=False)
-    chunk_size: int | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
+    chunk_size: float | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
 
     def forward(
         self,
@@ -98,13 +101,12 @@ class CySigLIPLoss(ContrastiveModule):
         negative_image_ids, negative_text_ids: (M,); logits of rows with the same id are left out.
         """
         batch = prepare(
-            "CySigLIPLoss",
+            self,
             image_features,
             text_features,
             logit_scale,
-            self,
             output_dict,
-            same_ids=self.same_ids,
+            symmetric=False,
             logit_bias=0.0 if logit_bias is None else logit_bias,
             ids=ids,
             negative_image_features=negative_image_features,
@@ -113,20 +115,16 @@ class CySigLIPLoss(ContrastiveModule):
             negative_text_ids=negative_text_ids,
         )
         plan = make_plan(batch, self, output_dict)
-        batch = agree(batch, plan, self)
-        centered = cyclic.centered(batch, plan)
         started = contrastive.start(batch, plan)
-        grams = cyclic.start_grams(centered, plan)
-        terms = {"contrastive_loss": elementwise_loss("sigmoid", batch, plan, started)}
-        terms |= cyclic.terms(centered, plan, self, grams)
-        if not is_traced(image_features):
-            usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs())
-            check_inputs_once(self, batch)
-        return terms if output_dict else cyclic.total(terms.values())
+        grams = cyclic.start(batch, plan)
+        terms = {"contrastive_loss": elementwise_loss(self.elementwise, batch, plan, started)}
+        terms |= cyclic.terms(grams, plan, self)
+        warn_of_mistakes(self, batch)
+        return terms if output_dict else sum_of_terms(terms.values())
 
 
 def elementwise_loss(
-    function: str, batch: Batch, plan: Plan, started: list[contrastive.Started]
+    function: str, batch: Batch, plan: Plan, started: list[contrastive.Gathered]
 ) -> Tensor:
     """The loss without penalties, a scalar of the accumulation dtype.
 
@@ -134,17 +132,17 @@ def elementwise_loss(
     """
     bias: Any = batch.logit_bias
     losses: list[Tensor] = []
-    for logits, *others in started:
+    for (_, logits, ranks), gathered in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
             losses.append(_dense(function, logits, bias))
             continue
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
-        inputs = (*logits, *others, plan)
+        inputs = (*logits, *gathered, ranks, plan)
         loss = _Elementwise.apply(bias, needs, function, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
-    return cyclic.total(losses) / batch.total_pairs()
+    return sum_of_terms(losses) / batch.total_pairs()
 
 
 def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
@@ -170,17 +168,24 @@ class _Elementwise(torch.autograd.Function):
     """The sum over all elements of the global batch: a scalar of the accumulation dtype.
 
     The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
-    needed, the name of the function, and those of `contrastive.start_streaming`.
+    needed, the name of the function, and those of `contrastive.with_gathered_columns`.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logit_bias: Tensor, needs: list[bool], function: str, *inputs: Any
     ) -> Tensor:
-        logits = contrastive.start_streaming(ctx, *inputs)
+        logits = contrastive.with_gathered_columns(ctx, *inputs)
         total: Tensor
         total, *grads = elementwise_step(
-            logits, function, logit_bias, needs, ctx.own_columns, ctx.plan, ctx.ranks
+            logits,
+            function,
+            logit_bias,
+            needs,
+            ctx.own_columns,
+            ctx.plan.engine,
+            ctx.plan.strategy,
+            ctx.ranks,
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
@@ -203,7 +208,8 @@ def _step(
     logit_bias: Tensor,
     needs: list[bool],
     own_columns: int,
-    plan: Plan,
+    engine: str,
+    strategy: str,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum, and gradients of this rank's rows, its own columns, the scale and the bias.
@@ -212,21 +218,17 @@ def _step(
     sum, as DDP averages. The first three are empty where not needed; the bias's is not computed if
     nothing is.
     """
-    engine = engines.load(plan.engine, logits.row_features)
+    elementwise_terms = engines.load(engine, logits.row_features).elementwise_terms
     sums = logits.logit_scale.expand(2) * 0.0  # NaN if it is infinite: logits may have no loss
 
     def block_grads(block: Logits, _: None) -> Gradients:
         grads: Gradients
-        part, grads = engine.elementwise_terms(
-            block, logit_bias, function, float(ranks.size), needs
-        )
+        part, grads = elementwise_terms(block, logit_bias, function, float(ranks.size), needs)
         sums.add_(part)
         return grads
 
-    with without_autocast(logits.row_features):
-        strategy = STRATEGIES[plan.strategy]
-        grads = strategy.gradients(block_grads, logits, None, needs, ranks)
-        total = collectives.all_reduce(sums[0].clone(), "sum", ranks)
+    grads = STRATEGIES[strategy].gradients(block_grads, logits, None, needs, ranks)
+    total = collectives.all_reduce(sums[0].clone(), "sum", ranks)
     return total, *grads, sums[1] * ranks.size
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cyclip_loss.engines import verified
+from cyclip_loss.engines.eager import ELEMENTWISE
+from cyclip_loss.engines.verification import described
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import architecture
 
@@ -66,14 +68,17 @@ def calls(kernel: str, image: Tensor) -> Any:
     The first one is also timed. In it PyTorch multiplies no matrices beside the kernel.
     """
     (n, d), text, one = image.shape, image.flip(0), torch.ones((), device=image.device)
-    logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
+    logits = Logits(image, text, 50 * one, None, None, 0, True, False)
+    lse = 12 * one.repeat(n)  # about that of random logits
     saved = SavedStatistics(lse, lse, 0 * lse, one * 0.5 / n)
     grams = torch.randn(3, d, d, device=image.device)
     needs = [[multiplies, multiplies, True] for multiplies in (False, True)]
     return {
         "contrastive_lse": [(logits,)],
         "contrastive_grads": [(logits, saved, x, False) for x in needs],
-        "elementwise_terms": [(logits, -10 * one, "sigmoid", 0.5 / n, x) for x in needs],
+        "elementwise_terms": [
+            (logits, -10 * one, name, 0.5 / n, x) for x in needs for name in ELEMENTWISE
+        ],
         "gram_matrices": [(image, text, True)],
         "cyclic_grads": [(image, text, list(grams), [True, True])],
     }[kernel]
@@ -84,17 +89,17 @@ def trial(kernel: str, image: Tensor, arguments: list[Any], config: Any) -> floa
 
     0 if interpreted, where times mean nothing.
     """
-    key, ms, problem = configs.tiles_key(kernel, image), torch.inf, None
+    key, ms = configs.tiles_key(kernel, image), torch.inf
     configs.tuned(image.device)[key] = config
     try:
         for call in arguments:
-            problem = problem or verified(image).compare(kernel, call)
-        if problem is None:
-            launch = partial(getattr(kernels, kernel), *arguments[0])
-            ms = 0.0 if kernels.INTERPRETED else do_bench(launch, return_mode="median")
+            verified("triton", image).compare(kernel, call)
+        launch = partial(getattr(kernels, kernel), *arguments[0])
+        ms = 0.0 if kernels.INTERPRETED else do_bench(launch, return_mode="median")
+        outcome = f"{ms:.3f} ms"
     except Exception as error:  # of any kind: that candidate is out
-        problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
-    print(f"{key}: {config}: {problem or f'{ms:.3f} ms'}", flush=True)
+        outcome = described(error)
+    print(f"{key}: {config}: {outcome}", flush=True)
     return ms
 
 

@@ -49,41 +49,32 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     warnings.warn(f"{text} (more: {page})", CyCLIPWarning, stacklevel=level)
 
 
-def warn_of_strong_penalties(options: Any, total: int) -> None:
+def warn_of_penalties(options: Any, num_pairs: int) -> None:
     """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
-    A reference batch size switches the warning off. options: a `PenaltyOptions`; total: N.
+    A reference batch size switches the warning off. With SigLIP's loss, warn of the paper's
+    strength, which lowered its accuracy in our experiment (reference_train/results/siglip).
+    options: a `PenaltyOptions`.
     """
-    times = _times_the_papers(options, total)
-    if options.reference_batch_size is None and times > STRONG:
+    largest = max(options.lambda_inmodal, options.lambda_crossmodal)
+    reference = options.reference_batch_size
+    times = largest * (reference or num_pairs) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
+    if hasattr(options, "elementwise"):
+        if times >= 1:
+            warn_once(
+                "strong SigLIP penalties",
+                f"lambda = {largest:g} is as strong as CyCLIP's, which lowered the accuracy of "
+                "SigLIP's loss in our experiment: try an eighth of it, or 0",
+            )
+    elif reference is None and times > STRONG:
         warn_once(
             "strong penalties",
-            f"lambda = {_largest_lambda(options):g} in a batch of {total} is {times:.3g} times as "
-            f"strong as the paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties "
-            f"grow with the batch. We advise reference_batch_size={ADVISED_BATCH_SIZE}, "
-            "lambda_progress=True. If you want the paper's formula: "
+            f"lambda = {largest:g} in a batch of {num_pairs} is {times:.3g} times as strong as the "
+            f"paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the "
+            f"batch. We advise reference_batch_size={ADVISED_BATCH_SIZE}, lambda_progress=True. If "
+            "you want the paper's formula: "
             "warnings.filterwarnings('ignore', category=cyclip_loss.CyCLIPWarning)",
         )
-
-
-def warn_of_strong_siglip_penalties(options: Any, total: int) -> None:
-    """Warn of the paper's strength, which lowered the accuracy of SigLIP's loss in our experiment
-    (reference_train/results/siglip). The arguments are those of `warn_of_strong_penalties`.
-    """
-    if _times_the_papers(options, options.reference_batch_size or total) >= 1:
-        warn_once(
-            "strong SigLIP penalties",
-            f"lambda = {_largest_lambda(options):g} is as strong as CyCLIP's, which lowered the "
-            "accuracy of SigLIP's loss in our experiment: try an eighth of it, or 0",
-        )
-
-
-def _largest_lambda(options: Any) -> float:
-    return max(options.lambda_inmodal, options.lambda_crossmodal)  # type: ignore[no-any-return]
-
-
-def _times_the_papers(options: Any, total: int) -> float:
-    return _largest_lambda(options) * total / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
 
 
 def warn_of_unused_weight() -> None:

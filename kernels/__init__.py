@@ -10,7 +10,7 @@ imported as anything but `cyclip_loss.kernels`, it is empty, and needs no Triton
 """
 
 if __name__ == "cyclip_loss.kernels":
-    from cyclip_loss.kernels.configs import INTERPRETED
+    from cyclip_loss.kernels.configs import INTERPRETED, platform_of
     from cyclip_loss.kernels.contrastive_grads import contrastive_grads
     from cyclip_loss.kernels.contrastive_lse import contrastive_lse
     from cyclip_loss.kernels.cyclic_grads import cyclic_grads
@@ -25,4 +25,5 @@ if __name__ == "cyclip_loss.kernels":
         "cyclic_grads",
         "elementwise_terms",
         "gram_matrices",
+        "platform_of",
     ]

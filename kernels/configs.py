@@ -178,7 +178,6 @@ ARCHITECTURES = {
 # The kernels without a matrix product, for every architecture and dtype.
 JOIN_LSE = Config({"TILES": 32, "BLOCK": 128}, num_warps=4, num_stages=3)
 ROUND = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
-SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 
 
 def shipped(device: torch.device) -> _Tables:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import INTERPRETED, SUM, Config, config_for
+from cyclip_loss.kernels.configs import INTERPRETED, Config, config_for
 from cyclip_loss.kernels.tiles import (
     LN_2,
     LOG2_E,
@@ -67,7 +67,7 @@ def contrastive_grads_kernel(
     row_lse,  # (n,)
     column_lse,  # (m,)
     pair_gradient,  # (n,): unit * G where row i has a partner
-    scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
+    scale_partials,  # (tiles,) out: unit * the sum over the tile of G_ij (I_i . T_j)
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the factors
@@ -120,24 +120,7 @@ def contrastive_grads_kernel(
             g *= factor
         tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     if NEEDS_SCALE:
-        tl.store(scale_partials + tl.program_id(0), tile_sum)
-
-
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["unit", "scale_grad"])
-def scale_grad_kernel(
-    scale_partials,  # (length,)
-    unit,  # scalar
-    scale_grad,  # scalar out: unit * 2^-SHIFT * the sum of all parts
-    length,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A single program, so that the sum has a fixed order."""
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, length, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        total += tl.load(scale_partials + index, mask=index < length, other=0.0)
-    tl.store(scale_grad, tl.sum(total, axis=0) * tl.load(unit) / (1 << SHIFT))
+        tl.store(scale_partials + tl.program_id(0), tile_sum * (tl.load(unit) / (1 << SHIFT)))
 
 
 def num_tiles(logits: Logits, config: Config) -> int:
@@ -244,11 +227,8 @@ def contrastive_grads(
             saved.unit * logits.logit_scale * 2.0**-shift if shift else None,
             torch.float32 if float32_grads else features.dtype,
         )
-        scale_grad = scale_partials.new_empty(() if needs_scale else (0,))
-        if needs_scale:
-            scale_grad_kernel[(1,)](
-                scale_partials, saved.unit, scale_grad, tiles, SHIFT=shift, **SUM.kwargs
-            )
+        # In an order that is always the same.
+        scale_grad = scale_partials.sum() if needs_scale else scale_partials
     return Gradients(row_grad, column_grad, scale_grad)
 
 

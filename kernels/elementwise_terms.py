@@ -87,7 +87,7 @@ def elementwise_terms_kernel(
         is_positive = partner[:, None] == columns[None, :]
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
-            same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
+            same = same_ids(row_ids, column_ids, rows, columns, n, m)
             if POSITIVES:
                 is_positive |= same
             counts &= is_positive | ~same

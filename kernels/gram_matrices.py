@@ -102,11 +102,6 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     config = config_for("gram_matrices", image_features)
     bd, bk = config.tile["BD"], config.tile["BK"]
     unpadded = image_features.shape[1]
-    if unpadded > MAX_D:
-        raise ValueError(
-            f"image_features must have D <= {MAX_D} for the penalties with the kernels, "
-            f"got D = {unpadded}; impl='eager' takes any D"
-        )
     image, text = aligned_features(image_features, bd), aligned_features(text_features, bd)
     n, d = image.shape
     most = min(MAX_SPLITS, n // MIN_SPLIT_ROWS, MAX_PARTS_ELEMENTS // (3 * unpadded**2))

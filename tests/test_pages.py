@@ -80,7 +80,7 @@ def test_the_tables_of_the_pages_are_made_of_the_records() -> None:
     assert (result.stdout.strip(), result.stderr, result.returncode) == ("", "", 0)
 
 
-@pytest.mark.parametrize("name", ["diagnostics", "logsumexp", "loss", "siglip"])
+@pytest.mark.parametrize("name", ["engines", "logsumexp", "loss", "siglip"])
 def test_docstring_examples_print_what_they_show(name: str) -> None:
     outcome = doctest.testmod(import_module(f"cyclip_loss.{name}"), extraglobs={"torch": torch})
     assert outcome.attempted > 0

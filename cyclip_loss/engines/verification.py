@@ -43,7 +43,7 @@ class VerifiedKernels:
     """An engine: the functions of the kernels, or the eager functions where a kernel is wrong.
 
     Args:
-        kernels: the module `cyclip_loss.kernels`.
+        kernels: an engine's module, such as `cyclip_loss.kernels`, which also has `platform_of`.
         eager: the engine that the kernels are compared with, and that replaces them.
         device, dtype: of the features. One wrong layout switches the kernels off for all such
             features.
@@ -53,8 +53,9 @@ class VerifiedKernels:
         self.kernels, self.eager, self.device, self.dtype = kernels, eager, device, dtype
         self.agreed: set[Any] = set()
         self.problem: str | None = None
-        # Several tiles in each direction, and no multiple of one. The interpreter's are smaller.
-        self.num_rows, self.num_columns = (40, 70) if kernels.INTERPRETED else (600, 700)
+        # Several tiles in each direction, and no multiple of one. Those on a CPU, where Triton
+        # interprets kernels, are smaller.
+        self.num_rows, self.num_columns = (40, 70) if device.type == "cpu" else (600, 700)
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         """A function of an engine."""
@@ -78,11 +79,13 @@ class VerifiedKernels:
             # Compare in a thread of its own: the caller's autocast, inference mode, default device
             # and other modes do not apply there.
             with ThreadPoolExecutor(1) as thread:
-                problem = thread.submit(self.compare, layout[0], arguments).result()
+                thread.submit(self.compare, layout[0], arguments).result()
+            self.agreed.add(layout)
+            return True
         except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
             return False
         except Exception as error:
-            problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
+            self.problem = f"{layout[0]}{layout[1]}: {described(error)}"
             try:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -91,26 +94,20 @@ class VerifiedKernels:
                     f"the Triton kernels of cyclip_loss left {device} unusable; restart with the "
                     "environment variable CYCLIP_LOSS_IMPL=eager, which disables them"
                 ) from error
-        if problem is None:
-            self.agreed.add(layout)
-            return True
-        self.problem = f"{layout[0]}{layout[1]}: {problem}"
         warn_once(
             f"kernels: {device}, {self.dtype}",
             f"the Triton kernels do not work on {device} "
-            f"({self.kernels.configs.platform_of(device)}, PyTorch {torch.__version__}); PyTorch "
+            f"({self.kernels.platform_of(device)}, PyTorch {torch.__version__}); PyTorch "
             f"computes {self.dtype} instead, with the same results but slower. {self.problem}",
             every_rank=True,
         )
         return False
 
-    def compare(self, function: str, arguments: Any) -> str | None:
-        """What is wrong with a function for this layout; None if it agrees with the eager engine.
+    def compare(self, function: str, arguments: Any) -> None:
+        """Raise an error if a function disagrees with the eager engine in this layout, or fails.
 
-        arguments: of a call. Only their layout is used. A kernel that fails raises its error.
+        arguments: of a call. Only their layout is used.
         """
-        exact = self.dtype == torch.float32 and float32_is_exact()
-        bound = 2.0**-14 if exact else 2.0**-6
         mode = torch.get_deterministic_debug_mode()
         # Products would raise in this mode, unless an environment variable is set.
         torch.set_deterministic_debug_mode("default")
@@ -118,26 +115,28 @@ class VerifiedKernels:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # they may be errors
                 batch = self.small_batch(function, arguments)
-                problem = self._problem(function, batch, bound)
+                self._check(function, batch)
                 for tensor in [x for x in _tensors(batch) if x.numel() > 1][:2]:
                     # The middle of the first two features or vectors is NaN in turn.
                     middle = tuple(size // 2 for size in tensor.shape)
                     kept = tensor[middle].clone()
                     tensor[middle] = torch.nan
-                    problem = problem or self._problem(function, batch, bound)
+                    self._check(function, batch)
                     tensor[middle] = kept
-                return problem
         finally:
             torch.set_deterministic_debug_mode(mode)
 
-    def _problem(self, function: str, batch: list[Any], bound: float) -> str | None:
-        """How a result of the kernel is wrong; None if all are right."""
+    def _check(self, function: str, batch: list[Any]) -> None:
+        """Raise an error if a result is off by more than `bound` of its largest element."""
+        exact = self.dtype == torch.float32 and float32_is_exact()
+        bound = 2.0**-14 if exact else 2.0**-6
         expected = _tensors(getattr(self.eager, function)(*tree_map(_widened, batch)))
         results = _tensors(getattr(self.kernels, function)(*batch))
-        for index, (result, right) in enumerate(zip(results, expected, strict=True)):
-            if problem := _difference(result, right, bound):
-                return f"result {index} {problem}"
-        return None
+        for result, right in zip(results, expected, strict=True):
+            largest = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
+            torch.testing.assert_close(
+                result.to(right.dtype), right, rtol=0, atol=bound * largest, equal_nan=True
+            )
 
     def small_batch(self, function: str, arguments: Any) -> list[Any]:
         """Arguments of the same layout, with values of our own."""
@@ -187,12 +186,17 @@ class VerifiedKernels:
     def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
         """Row and column features. Every fifth row is nearly aligned with its column."""
         # An odd multiple has the same `divisor_of`. The interpreter is slow.
-        d = 3 * divisor if self.kernels.INTERPRETED else divisor + 2 * MAX_DIVISOR
+        d = 3 * divisor if self.device.type == "cpu" else divisor + 2 * MAX_DIVISOR
         noise = _random(self.num_rows + self.num_columns, d)
         row_features, column_features = F.normalize(noise, dim=1).tensor_split((self.num_rows,))
         column_features[: self.num_rows : 5] = row_features[::5] + 0.01 * column_features[:1]
         place = self.device, self.dtype
         return row_features.to(*place), column_features.to(*place)
+
+
+def described(error: Exception) -> str:
+    """The type and the message of an error, in one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
 
 
 def _random(*shape: int) -> Tensor:
@@ -247,18 +251,3 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _widened(argument: Any) -> Any:
     is_float = isinstance(argument, Tensor) and argument.is_floating_point()
     return argument.double() if is_float else argument
-
-
-def _difference(result: Tensor, expected: Tensor, bound: float) -> str | None:
-    """How a result is wrong; None if it is right, up to `bound` of the largest value."""
-    if result.shape != expected.shape:
-        return f"has shape {tuple(result.shape)}"
-    if expected.numel() == 0:
-        return None
-    # Where the eager result is not finite, the kernel's must not be either.
-    hides = torch.where(result.isfinite(), torch.inf, 0.0)
-    error = torch.where(expected.isfinite(), (result - expected).abs(), hides).max().item()
-    largest = torch.where(expected.isfinite(), expected.abs(), 0.0).max().item()
-    if error <= bound * largest:
-        return None
-    return f"is off by {error:.2g}; its largest value is {largest:.2g}"

@@ -37,22 +37,20 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
-from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics, SharedExponentials
-from cyclip_loss.numerics import is_traced, without_autocast
+from cyclip_loss.logits import Gradients, Logits, SavedStatistics, SharedExponentials
+from cyclip_loss.numerics import is_traced
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
 from cyclip_loss.terms.operators import Operator, empty_grad_like
-from cyclip_loss.terms.positives import Positives, without_positives
+from cyclip_loss.terms.positives import Positives, without_ids
 
 
-class Started(NamedTuple):
-    """A comparison whose all-gathers run while other terms are computed; None: nothing is sent."""
+class Gathered(NamedTuple):
+    """The all-gathers of a comparison, which run while other terms are computed; None: none run."""
 
-    logits: Logits  # with this rank's own columns, and their ids
-    gathered_features: Tensor | None  # of the columns
-    gathered_ids: Tensor | None
-    ranks: Ranks  # with their numbers of columns
+    features: Tensor | None  # of the columns
+    ids: Tensor | None
 
 
 class PairLogSumExps(NamedTuple):
@@ -68,42 +66,23 @@ class PairLogSumExps(NamedTuple):
     other_positives: Tensor | None = None
 
 
-def start(batch: Batch, plan: Plan, symmetric: bool = False) -> list[Started]:
-    """Start to gather the columns of every comparison, and their ids.
-
-    symmetric: whether the columns of the first one have log-sum-exps, too.
-    """
-    assert batch.logit_scale is not None
-    gathers_columns = STRATEGIES[plan.strategy].gathers_columns
-    found: list[Started] = []
-    for _, rows, columns, row_ids, column_ids, has_pairs, ranks in batch.comparisons:
+def start(batch: Batch, plan: Plan) -> list[Gathered]:
+    """Start to gather the columns of every comparison, and their ids."""
+    started: list[Gathered] = []
+    for _, logits, ranks in batch.comparisons:
         features = ids = None
-        if gathers_columns:
-            features = collectives.start_gather(columns, ranks)
-        if column_ids is not None:
-            if has_pairs and found:  # the ids of views are those of the pairs
-                ids = found[0].gathered_ids
+        if STRATEGIES[plan.strategy].gathers_columns:
+            features = collectives.start_gather(logits.column_features, ranks)
+        if logits.column_ids is not None:
+            if started and logits.partner_offset == 0:  # the ids of views are those of the pairs
+                ids = started[0].ids
             else:
-                ids = collectives.start_gather(column_ids, ranks)
-            column_ids = column_ids.view_as(column_ids)  # torch.compile refuses a tensor twice
-        offset = NO_PAIRS
-        if has_pairs:
-            offset = ranks.first_row(ranks.rank, columns.shape[0]) if gathers_columns else 0
-        logits = Logits(
-            rows,
-            columns,
-            batch.logit_scale,
-            row_ids,
-            column_ids,
-            offset,
-            symmetric and not found,
-            batch.positives and has_pairs,
-        )
-        found.append(Started(logits, features, ids, ranks))
-    return found
+                ids = collectives.start_gather(logits.column_ids, ranks)
+        started.append(Gathered(features, ids))
+    return started
 
 
-def losses(batch: Batch, plan: Plan, started: list[Started]) -> list[Tensor]:
+def losses(batch: Batch, plan: Plan, started: list[Gathered]) -> list[Tensor]:
     """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
     found = []
     for lse, pair_logits, other_positives in log_sum_exps(batch, plan, started):
@@ -142,19 +121,19 @@ def progress(clip: Tensor, batch: Batch) -> Tensor:
     return (1 - clip.detach() / chance).clamp(0, 1)
 
 
-def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairLogSumExps]:
+def log_sum_exps(batch: Batch, plan: Plan, started: list[Gathered]) -> list[PairLogSumExps]:
     """The log-sum-exps of each comparison with pairs; of the first, with extra negatives."""
     found: list[PairLogSumExps] = []
-    for comparison, (logits, *others) in zip(batch.comparisons, started):  # noqa: B905
+    for (name, logits, ranks), gathered in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
             results = dense.log_sum_exps(logits)
         else:
-            inputs = (*logits, *others, plan)
+            inputs = (*logits, *gathered, ranks, plan)
             results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
-        if comparison.has_pairs:
+        if logits.partner_offset == 0:
             found.append(PairLogSumExps(*results))
         else:
-            direction = int(comparison.name == "negative_image_features")
+            direction = int(name == "negative_image_features")
             joined = _joined(found[0].negatives_lse, results[0][0], direction)
             # Not `_replace`, which PyTorch 2.8 cannot trace.
             found[0] = PairLogSumExps(joined, found[0].pair_logits, found[0].other_positives)
@@ -170,14 +149,17 @@ def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
 
 
 class _LogSumExps(torch.autograd.Function):
-    """The fields of `PairLogSumExps`. The inputs are those of `start_streaming`."""
+    """The fields of `PairLogSumExps`. The inputs are those of `with_gathered_columns`."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        logits = start_streaming(ctx, *inputs)
-        *results, row_max, values = logsumexp_forward(logits, ctx.plan, ctx.ranks)
+        logits = with_gathered_columns(ctx, *inputs)
+        plan = ctx.plan
+        *results, row_max, values = logsumexp_forward(
+            logits, plan.engine, plan.strategy, plan.kept_exponentials, ctx.ranks
+        )
         # Not a slice of the record, which PyTorch 2.8 cannot trace.
-        rows, columns, scale, row_ids, column_ids, *_ = logits
+        rows, columns, scale, row_ids, column_ids, *ctx.flags = logits
         saved = (rows, columns, scale, row_ids, column_ids, results[0], row_max, values)
         ctx.save_for_backward(*saved)
         return tuple(results if logits.positives else results[:2])
@@ -187,7 +169,7 @@ class _LogSumExps(torch.autograd.Function):
         ctx: Any, lse_grad: Tensor, pair_grad: Tensor, other_grad: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         *tensors, lse, row_max, values = ctx.saved_tensors
-        logits = Logits(*tensors, *ctx.layout)
+        logits = Logits(*tensors, *ctx.flags)
         # Only columns are shared with other ranks.
         ranks = ctx.ranks if logits.symmetric else Ranks()
         # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
@@ -217,73 +199,73 @@ class _LogSumExps(torch.autograd.Function):
             other_grad,
             list(ctx.needs_input_grad[:3]),
             ctx.own_columns,
-            ctx.plan,
+            ctx.plan.engine,
+            ctx.plan.strategy,
             ctx.ranks,
         )
         # Autograd ignores the empty gradients of inputs that need none.
         return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-def start_streaming(ctx: Any, *inputs: Any) -> Logits:
+def with_gathered_columns(ctx: Any, *inputs: Any) -> Logits:
     """The logits, with the columns of all ranks if they were gathered.
 
-    inputs: the fields of `Logits` and the others of `Started`, and the plan. ctx
-    gets what backward needs beside tensors.
+    inputs: the fields of `Logits` and of `Gathered`, the ranks and the plan. ctx gets the last two,
+    and the number of this rank's columns.
     """
-    *fields, features, ids, ctx.ranks, ctx.plan = inputs
-    rows, columns, scale, row_ids, column_ids, *layout = fields
-    ctx.layout, ctx.own_columns = layout, columns.shape[0]
+    rows, columns, scale, row_ids, column_ids, offset, *flags = inputs[:8]
+    features, ids, ctx.ranks, ctx.plan = inputs[8:]
+    ctx.own_columns = columns.shape[0]
+    if features is not None and offset == 0:
+        offset = ctx.ranks.first_row(ctx.ranks.rank, ctx.own_columns)
     columns = collectives.finish_gather(features, columns, ctx.ranks)
     column_ids = collectives.finish_gather(ids, column_ids, ctx.ranks)
-    return Logits(rows, columns, scale, row_ids, column_ids, *layout)
+    return Logits(rows, columns, scale, row_ids, column_ids, offset, *flags)
 
 
 def _forward(
-    logits: Logits, plan: Plan, ranks: Ranks
+    logits: Logits, engine: str, strategy: str, kept_exponentials: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PairLogSumExps`, of which the third is empty without `logits.positives`.
 
     Then those of `SharedExponentials`, empty if none are shared, or kept. The columns are this
     rank's own or, if the strategy gathers columns, those of all ranks.
     """
-    engine = engines.load(plan.engine, logits.row_features)
-    block_lse, n = engine.contrastive_lse, logits.row_features.shape[0]
-    others = logits.logit_scale.new_empty(0)
-    shared = _new_exponentials(logits, plan)
-    if plan.shares_exponentials:
+    block_lse = engines.load(engine, logits.row_features).contrastive_lse
+    n, other_positives = logits.row_features.shape[0], logits.logit_scale.new_empty(0)
+    shared = _new_exponentials(logits, kept_exponentials)
+    if kept_exponentials >= 0:
         block_lse = partial(block_lse, shared=shared)
     positives = Positives(logits.column_ids) if logits.positives else None
     if positives is not None:
         block_lse = partial(positives.block_lse, block_lse)
-    with without_autocast(logits.row_features):
-        found = STRATEGIES[plan.strategy].log_sum_exps(block_lse, logits, ranks)
-        if positives is not None:
-            shares = positives.other_shares(logits.row_ids, others.dtype)
-            others = logits.logit_scale * positives.row_products
-            others -= (shares * found.pair_logits).sum()
-    lse, pair_logits = found.of_rows[None], found.pair_logits
-    if logits.symmetric and found.negatives_lse.shape[0] == 2 * n:  # this rank's columns only
-        lse = found.negatives_lse.view(2, n)
+    lse = STRATEGIES[strategy].log_sum_exps(block_lse, logits, ranks)
+    if positives is not None:
+        shares = positives.other_shares(logits.row_ids, other_positives.dtype)
+        other_positives = logits.logit_scale * positives.row_products
+        other_positives -= (shares * lse.pair_logits).sum()
+    of_pairs = lse.of_rows[None]
+    if logits.symmetric and lse.negatives_lse.shape[0] == 2 * n:  # this rank's columns only
+        of_pairs = lse.negatives_lse.view(2, n)
     elif logits.symmetric:
-        lse = torch.stack((found.of_rows, found.of_columns[logits.pairs[1]]))
-    return lse, pair_logits, others, *shared
+        of_pairs = torch.stack((lse.of_rows, lse.of_columns[logits.pairs[1]]))
+    return of_pairs, lse.pair_logits, other_positives, *shared
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     logits, new = given.logits, given.logits.logit_scale.new_empty
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
     n = logits.row_features.shape[0]
-    others = new(()) if logits.positives else new((0,))
-    shared = _new_exponentials(logits, given.plan)
-    return new((2 if logits.symmetric else 1, n)), new((n,)), others, *shared
+    other_positives = new(()) if logits.positives else new((0,))
+    shared = _new_exponentials(logits, given.kept_exponentials)
+    return new((2 if logits.symmetric else 1, n)), new((n,)), other_positives, *shared
 
 
-def _new_exponentials(logits: Logits, plan: Plan) -> SharedExponentials:
-    """Uninitialised; empty if the plan shares none, or keeps none of so many logits."""
+def _new_exponentials(logits: Logits, kept: int) -> SharedExponentials:
+    """Uninitialised, and empty if none are shared, or none of so many logits kept."""
     n, m = logits.row_features.shape[0], logits.column_features.shape[0]
     new = logits.logit_scale.new_empty
-    values = new((n, m)) if n * m <= plan.kept_exponentials else new((0,))
-    return SharedExponentials(new((n if plan.shares_exponentials else 0,)), values)
+    return SharedExponentials(new((n if kept >= 0 else 0,)), new((n, m) if n * m <= kept else (0,)))
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
@@ -296,7 +278,8 @@ def _backward(
     other_grad: Tensor | None,
     needs: list[bool],
     own_columns: int,
-    plan: Plan,
+    engine: str,
+    strategy: str,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its own columns, and its part of the scale's.
@@ -305,7 +288,9 @@ def _backward(
     which of the three to compute (the others are empty); own_columns: how many columns are this
     rank's.
     """
-    engine = engines.load(plan.engine, logits.row_features)
+    contrastive_grads = engines.load(engine, logits.row_features).contrastive_grads
+    if shared.row_max.numel() > 0:
+        contrastive_grads = partial(contrastive_grads, shared=shared)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
     float32_grads = ranks.size > 1 or logits.positives
     positives = Positives(logits.column_ids) if logits.positives else None
@@ -314,19 +299,15 @@ def _backward(
         pair_gradient = saved.pair_gradient - other_grad * shares
         saved = saved._replace(pair_gradient=pair_gradient)
 
-    options = {"shared": shared} if plan.shares_exponentials else {}
-
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         grads: Gradients
-        negatives = block if positives is None else without_positives(block)
-        grads = engine.contrastive_grads(negatives, saved, needs, float32_grads, **options)
+        negatives = block if positives is None else without_ids(block)
+        grads = contrastive_grads(negatives, saved, needs, float32_grads)
         if positives is None:
             return grads
         return positives.add_grads(grads, block, other_grad, needs)
 
-    with without_autocast(logits.row_features):
-        strategy = STRATEGIES[plan.strategy]
-        grads = strategy.gradients(block_grads, logits, saved, needs, ranks)
+    grads = STRATEGIES[strategy].gradients(block_grads, logits, saved, needs, ranks)
     dtype = logits.row_features.dtype
     return grads.rows.to(dtype), grads.columns.to(dtype), grads.scale
 

@@ -14,15 +14,14 @@ sign. p and q come from D x D Gram matrices:
 ranks, one all-reduce makes them global, no features are sent, and backward communicates nothing.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
-from cyclip_loss.numerics import accumulation_dtype, is_traced, without_autocast
+from cyclip_loss.numerics import accumulation_dtype, is_traced
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
@@ -31,8 +30,34 @@ from cyclip_loss.terms.operators import Operator, empty_grad_like
 TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 
 
-def centered(batch: Batch, plan: Plan) -> Batch:
-    """The batch for the penalties: less each tower's mean over all ranks, if `plan.centered`.
+class Started(NamedTuple):
+    """The penalties of a call whose all-reduce runs while other terms are computed."""
+
+    batch: Batch  # with centred features, if the plan asks for them
+    # The Gram matrices. Across ranks, the start of an all-reduce of them and the row count: 2 D^2 +
+    # 1 elements of the accumulation dtype, 3 D^2 + 1 with C. None if the plan needs none.
+    grams: Tensor | None
+
+
+def start(batch: Batch, plan: Plan) -> Started:
+    """Compute this rank's Gram matrices, for `terms`."""
+    if plan.centered:
+        batch = _centered(batch)
+    if plan.penalties != "gram":
+        return Started(batch, None)
+    with torch.no_grad():
+        grams: Tensor = gram_matrices(
+            batch.image_features, batch.text_features, plan.with_cross, plan.engine
+        )
+    if batch.ranks.size > 1:
+        count = grams.new_full((1,), batch.image_features.shape[0])
+        grams = torch.cat((grams.reshape(-1), count))
+        grams = collectives.start_all_reduce(grams, "sum", batch.ranks)
+    return Started(batch, grams)
+
+
+def _centered(batch: Batch) -> Batch:
+    """The batch for the penalties: less each tower's mean over all ranks.
 
     The features get the accumulation dtype: 16 bits would lose the small differences of features
     that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
@@ -41,8 +66,6 @@ def centered(batch: Batch, plan: Plan) -> Batch:
     The means have no gradient. A function of centred features has gradients that sum to 0 over the
     rows, so what the means would add is 0.
     """
-    if not plan.centered:
-        return batch
     pair = torch.cat((batch.image_features, batch.text_features), dim=1)
     with torch.no_grad():
         sums = pair.sum(dim=0, dtype=accumulation_dtype(pair.dtype))
@@ -52,53 +75,32 @@ def centered(batch: Batch, plan: Plan) -> Batch:
     return Batch(images, texts, batch.ranks)
 
 
-def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
-    """The Gram matrices for `terms`; None if the plan needs none.
-
-    Across ranks, the start of an all-reduce of them and the row count: 2 D^2 + 1 elements of the
-    accumulation dtype, 3 D^2 + 1 with C.
-    """
-    if plan.penalties != "gram":
-        return None
-    with torch.no_grad():
-        grams: Tensor = gram_matrices(
-            batch.image_features, batch.text_features, plan.with_cross, plan.engine
-        )
-    if batch.ranks.size == 1:
-        return grams
-    own = torch.cat((grams.reshape(-1), grams.new_full((1,), batch.image_features.shape[0])))
-    return collectives.start_all_reduce(own, "sum", batch.ranks)
-
-
-def terms(
-    batch: Batch, plan: Plan, options: PenaltyOptions, grams: Tensor | None
-) -> dict[str, Tensor]:
+def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Tensor]:
     """The weighted penalties by name if `plan.output_dict`, else {"cyclic_loss": their sum}.
 
-    The scalars have the accumulation dtype. Empty if the plan needs none. grams: from
-    `start_grams`.
+    The scalars have the accumulation dtype. Empty if the plan needs none.
     """
+    (image_features, text_features, ranks, *_), grams = started
+    num_pairs: Any
+    num_pairs, d = image_features.shape
     if plan.penalties == "none":
         return {}
-    image_features, text_features = batch.image_features, batch.text_features
-    total: Any
-    total, d = image_features.shape
-    dtype = accumulation_dtype(image_features.dtype)
     if plan.penalties == "zero":
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
-        zero = (image_features[:0].sum() + text_features[:0].sum()).to(dtype)
+        zero = image_features[:0].sum() + text_features[:0].sum()
+        zero = zero.to(accumulation_dtype(zero.dtype))
         penalties = [zero, zero.clone()] if plan.output_dict else [zero]
-    elif plan.penalties == "gram":
-        if grams is not None and batch.ranks.size > 1:
+    elif grams is not None:
+        if ranks.size > 1:
             summed = collectives.wait(grams)
-            grams, total = summed[:-1].view(-1, d, d), summed[-1]
+            grams, num_pairs = summed[:-1].view(-1, d, d), summed[-1]
         differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, batch.ranks.size, plan.engine
+            image_features, text_features, grams, ranks.size, plan.engine
         )
-        weights = _weights(batch, options, total)
+        weights = _weights(image_features, options, num_pairs)
         penalties = penalties_of(differentiable, weights, plan.output_dict)
     else:
-        weights = _weights(batch, options, total)
+        weights = _weights(image_features, options, num_pairs)
         penalties = dense.cyclic_terms(
             image_features, text_features, weights, plan.with_cross, plan.output_dict
         )
@@ -106,26 +108,19 @@ def terms(
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
 
 
-def total(terms: Iterable[Tensor]) -> Tensor:
-    """The sum of the terms of a loss."""
-    first, *others = terms
-    return sum(others, first)
-
-
-def _weights(batch: Batch, options: PenaltyOptions, total: Any) -> tuple[Any, Any]:
+def _weights(features: Tensor, options: PenaltyOptions, num_pairs: Any) -> tuple[Any, Any]:
     """The weights of N * P_in and N * P_cross, as numbers or tensors."""
     one: Any = 1.0
     # torch.compile would make constants of numbers that are combined with each other.
-    features = batch.image_features
     if is_traced(features):
         one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
-    return options.weights(total, one)
+    return options.weights(num_pairs, one)
 
 
 class _GramMatrices(torch.autograd.Function):
     """The Gram matrices of the global batch, from `start_grams`, as functions of the features.
 
-    image_features, text_features: (n, D); size: how many ranks share the batch.
+    image_features, text_features: (n, D); num_ranks: how many share the batch.
     """
 
     @staticmethod
@@ -134,18 +129,18 @@ class _GramMatrices(torch.autograd.Function):
         image_features: Tensor,
         text_features: Tensor,
         grams: Tensor,
-        size: int,
+        num_ranks: int,
         engine: str,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(image_features, text_features)
-        ctx.size, ctx.engine = size, engine
+        ctx.num_ranks, ctx.engine = num_ranks, engine
         return grams.unbind()
 
     @staticmethod
     def backward(ctx: Any, *gram_grads: Tensor) -> tuple[Tensor | None, ...]:
         grads = list(gram_grads)
-        if ctx.size > 1:  # DDP averages
-            grads = [x * ctx.size for x in grads]
+        if ctx.num_ranks > 1:  # DDP averages
+            grads = [x * ctx.num_ranks for x in grads]
         needs = list(ctx.needs_input_grad[:2])
         found = cyclic_grads(*ctx.saved_tensors, grads, needs, ctx.engine)
         return (*found, None, None, None)
@@ -193,11 +188,9 @@ def _gram_matrices(
     image_features: Tensor, text_features: Tensor, with_cross: bool, engine: str
 ) -> Tensor:
     """The Gram matrices of this rank's rows, as in `eager.gram_matrices`."""
-    compute = engines.load(engine, image_features)
-    with without_autocast(image_features):
-        return compute.gram_matrices(  # type: ignore[no-any-return]
-            image_features, text_features, with_cross
-        )
+    return engines.load(engine, image_features).gram_matrices(  # type: ignore[no-any-return]
+        image_features, text_features, with_cross
+    )
 
 
 def _gram_fake(given: Any) -> Tensor:
@@ -217,11 +210,9 @@ def _cyclic_grads(
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's features, as in `eager.cyclic_grads`."""
-    compute = engines.load(engine, image_features)
-    with without_autocast(image_features):
-        return compute.cyclic_grads(  # type: ignore[no-any-return]
-            image_features, text_features, gram_grads, needs
-        )
+    return engines.load(engine, image_features).cyclic_grads(  # type: ignore[no-any-return]
+        image_features, text_features, gram_grads, needs
+    )
 
 
 def _grads_fake(given: Any) -> tuple[Tensor, ...]:

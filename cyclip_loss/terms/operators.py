@@ -14,16 +14,18 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils._pytree import tree_leaves
 
-from cyclip_loss.numerics import is_traced
+from cyclip_loss.numerics import is_traced, without_autocast
 
 
 class Operator:
     """A function, and the operator `cyclip_loss::<name>`.
 
     The function's annotations are the operator's schema. Operators take no records, so a NamedTuple
-    among the arguments is flattened here, and only here. Compiled code may run the operator under
-    autocast, so the function has to switch autocast off.
+    among the arguments is flattened here, and only here. The function runs without autocast, under
+    which compiled code, too, may run the operator. Its first argument is a tensor of features, or a
+    record that begins with one.
 
     Args:
         fake: takes one object, whose attributes are the arguments; returns tensors of the shapes
@@ -44,7 +46,8 @@ class Operator:
         ]
 
         def on_values(*values: Any) -> Any:
-            return function(**arguments(values))
+            with without_autocast(values[0]):
+                return function(**arguments(values))
 
         def arguments(values: tuple[Any, ...]) -> dict[str, Any]:
             rest = iter(values)
@@ -62,13 +65,11 @@ class Operator:
         self.operator.register_fake(lambda *values: fake(SimpleNamespace(**arguments(values))))
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the operator while the call is traced, else the function.
-
-        The first argument is a tensor of features, or a record that begins with one.
-        """
-        first = arguments[0]
-        if not is_traced(first if isinstance(first, Tensor) else first[0]):
-            return call_backward(self.function, *arguments)
+        """Call the operator while the call is traced, else the function."""
+        features = arguments[0][0] if self.are_records[0] else arguments[0]
+        if not is_traced(features):
+            with without_autocast(features):
+                return call_backward(self.function, *arguments)
         values: list[Any] = []
         for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
             # Not `+=`: PyTorch 2.11 cannot trace it with a record.
@@ -84,8 +85,7 @@ def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    groups = (x if isinstance(x, list | tuple) else [x] for x in arguments)
-    tensors = [x for group in groups for x in group if isinstance(x, Tensor)]
+    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
     return _FirstDerivativesOnly.apply(function, arguments, *tensors)  # type: ignore[no-untyped-call]
 
 

@@ -38,7 +38,7 @@ class Positives:
         """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
-        return block_lse(without_positives(block))  # type: ignore[no-any-return]
+        return block_lse(without_ids(block))  # type: ignore[no-any-return]
 
     def add_grads(
         self, grads: Gradients, block: Logits, factor: Any, needs: list[bool]
@@ -83,7 +83,7 @@ class Positives:
         return means.div_(self._counts(block.column_ids)[:, None])
 
 
-def without_positives(block: Logits) -> Logits:
+def without_ids(block: Logits) -> Logits:
     """The same logits, in which every column but the partner is a negative of a row."""
     return block._replace(row_ids=None, column_ids=None, positives=False)
 

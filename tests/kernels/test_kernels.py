@@ -55,7 +55,9 @@ def test_tf32_logits_round_the_features_and_do_not_truncate_them(device) -> None
     image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
     with setting("float32_matmul_precision", "high"):
         scale = torch.tensor(100.0, device=device)
-        pair_logits = kernels.contrastive_lse(Logits(image, image, scale)).pair_logits
+        pair_logits = kernels.contrastive_lse(
+            Logits(image, image, scale, None, None, 0, True, False)
+        ).pair_logits
     exact = 100 * to_tf32(image.double()).square().sum(dim=1)
     torch.testing.assert_close(pair_logits.double(), exact, rtol=1e-6, atol=0)
 

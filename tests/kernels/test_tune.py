@@ -60,7 +60,7 @@ def warned() -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("fault", ["", "is off by", "RuntimeError: out of resource"])
+@pytest.mark.parametrize("fault", ["", "not close", "RuntimeError: out of resource"])
 def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_out(
     fault: str, file, monkeypatch, capsys
 ) -> None:

@@ -65,7 +65,7 @@ DIFFERING: list[tuple[str, Call, Call]] = [
     ("lambda_inmodal", {}, {"lambdas": (0.5, 0.25)}),
     ("whether a penalty has a weight", {}, {"lambdas": (0.0, 0.0)}),
     ("reference_batch_size", {}, {"reference_batch_size": 128}),
-    ("whether the features of the penalties are centered", {}, {"centered": True}),
+    ("centered", {}, {"centered": True}),
     ("lambda_progress", {}, {"lambda_progress": True}),
     ("inmodal_contrastive_weight", VIEWS, VIEWS | {"inmodal_contrastive_weight": 0.5}),
     ("whether the penalties are computed apart", {}, {"output_dict": True}),
