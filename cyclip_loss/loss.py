@@ -1,4 +1,4 @@
-"""The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and the penalties alone.
+"""The modules: `CyCLIPLoss`; `ClipLoss`, in place of OpenCLIP's; and the penalties alone.
 
 A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across
 ranks, the gather of the columns runs while the Gram matrices are computed, and their all-reduce
@@ -26,9 +26,10 @@ class CyCLIPLoss(ContrastiveModule):
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N D): beyond
-    N = D the logits are computed in blocks of bounded size. (On a CPU, those of at most 2^24 logits
-    are kept, 64 MB.) The penalties cost O(N D^2).
+    `CyCLIPLoss()` is the paper's formula, and `CyCLIPLoss(0, 0)` CLIP's loss. Called with the
+    arguments of `open_clip.ClipLoss`. Memory is O(N D): beyond N = D the logits are computed in
+    blocks of bounded size. (On a CPU, those of at most 2^24 logits are kept, 64 MB.) The penalties
+    cost O(N D^2).
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
@@ -36,8 +37,8 @@ class CyCLIPLoss(ContrastiveModule):
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
             number of rows of the global batch. The penalties are then as strong at every N; with
-            128, as in the paper's experiments. 32 with `lambda_progress` is what we advise
-            (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
+            128, as in the paper's experiments. 32 with `lambda_progress` are the recommended
+            settings (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
         centered: compute the penalties on features less their mean over the global batch, one mean
             for each tower. Rows are not normalised again. Adding a vector to all images, or to all
             texts, then changes no penalty. Costs O(N D) memory, in float32 (docs/lambda.md).
@@ -190,6 +191,47 @@ class CyCLIPLoss(ContrastiveModule):
         terms |= penalties
         warn_of_mistakes(self, batch)
         return terms if output_dict else sum_of_terms(terms.values())
+
+
+class ClipLoss(CyCLIPLoss):
+    """CLIP's loss, in place of `open_clip.ClipLoss`: `CyCLIPLoss` with both lambdas 0.
+
+    The same constructor, also by position, the same call, value and gradients, in O(N D) memory.
+    Across ranks the gradients are those with `local_loss=True, gather_with_grad=True`, whatever the
+    flags, and the value is that of the global batch (docs/distributed.md). The methods `get_logits`
+    and `get_ground_truth` are not there, as nothing has N x N logits.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: OpenCLIP's, as in
+            `CyCLIPLoss`.
+        options: keywords of `CyCLIPLoss`: `same_ids`, `uneven`, `dist_impl`, `impl` and others.
+
+    >>> loss_fn = ClipLoss(local_loss=True, gather_with_grad=True)
+    >>> print(loss_fn(torch.eye(3), torch.eye(3), logit_scale=10.0))
+    tensor(9.0796e-05)
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            0,
+            0,
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+            use_horovod=use_horovod,
+            **options,
+        )
 
 
 @dataclass(eq=False, repr=False)
