@@ -272,6 +272,10 @@ class CyclicPenalty(Module):
         return terms if output_dict else terms["cyclic_loss"]
 
 
+class UnsuitableLoss(TypeError):
+    """A loss can't be wrapped, or returned something that the penalties can't be added to."""
+
+
 class WithCyclicPenalty(CyclicPenalty):
     """Another loss plus the cyclic penalties: `open_clip`'s SigLipLoss, CoCaLoss, or your own.
 
@@ -317,12 +321,12 @@ class WithCyclicPenalty(CyclicPenalty):
         if isinstance(terms, dict):
             wrong = [name for name in terms if not str(name).endswith("_loss")]
             if wrong or set(cyclic.TERMS) & set(terms):
-                raise TypeError(self._not_terms(f"the keys {list(terms)}"))
+                raise UnsuitableLoss(self._not_terms(f"the keys {list(terms)}"))
         several = isinstance(terms, (dict, tuple))
         values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
         penalties: Any = super().forward(image_features, text_features, several)
         if not values:
-            raise TypeError(self._not_terms(f"an empty {type(terms).__name__}"))
+            raise UnsuitableLoss(self._not_terms(f"an empty {type(terms).__name__}"))
         for value in values:
             got = type(value).__name__
             if isinstance(value, Tensor):
@@ -334,7 +338,7 @@ class WithCyclicPenalty(CyclicPenalty):
             else:  # CoCaLoss returns an integer 0 for a term without weight
                 is_term = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_term:
-                raise TypeError(self._not_terms(got))
+                raise UnsuitableLoss(self._not_terms(got))
         if isinstance(terms, dict):
             return {**terms, **penalties}
         if several:
@@ -359,24 +363,24 @@ class WithCyclicPenalty(CyclicPenalty):
         found = self.features(*args, **kwargs)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             got = type(found).__name__
-            raise TypeError(f"features must return the image and the text features, got {got}")
+            raise UnsuitableLoss(f"features must return the image and the text features, got {got}")
         return found
 
 
 def _check_wrapped(loss: Any, features: Any) -> None:
-    """Raise TypeError unless `loss` can be wrapped and has the `features`."""
+    """Raise UnsuitableLoss unless `loss` can be wrapped and has the `features`."""
     if not isinstance(loss, nn.Module):
-        raise TypeError(f"loss must be a module, got {loss!r}")
+        raise UnsuitableLoss(f"loss must be a module, got {loss!r}")
     if hasattr(loss, "_orig_mod"):
-        raise TypeError("loss is compiled: wrap the original module, and compile the wrapper")
+        raise UnsuitableLoss("loss is compiled: wrap the original module, and compile the wrapper")
     if isinstance(loss, PenaltyOptions):
-        raise TypeError(f"{loss} has the cyclic penalties already: use it without a wrapper")
+        raise UnsuitableLoss(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
     is_two = isinstance(features, (tuple, list)) and len(features) == 2
     if not callable(features) and not (
         is_two and features[0] != features[1] and all(name in names for name in features)
     ):
-        raise TypeError(
+        raise UnsuitableLoss(
             f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
             "these names or a callable that returns the two from the call's arguments"
         )
