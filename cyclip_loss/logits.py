@@ -42,6 +42,11 @@ class Logits(NamedTuple):
             return None
         return self.row_ids[start:stop, None] == self.column_ids
 
+    def transposed(self) -> "Logits":
+        """The logits with rows and columns exchanged."""
+        rows, columns, scale, row_ids, column_ids, offset, *flags = self
+        return Logits(columns, rows, scale, column_ids, row_ids, -offset, *flags)
+
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""
         return Logits(

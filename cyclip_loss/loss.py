@@ -279,9 +279,7 @@ class WithCyclicPenalty(CyclicPenalty):
         several = isinstance(terms, (dict, tuple))
         values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
         penalties: Any = super().forward(image_features, text_features, several)
-        if not values:
-            raise TypeError(self._not_terms(f"an empty {type(terms).__name__}"))
-        for value in values:
+        for value in values or [terms]:
             got = type(value).__name__
             if isinstance(value, Tensor):
                 got += f" {tuple(value.shape)} of {value.dtype} on {value.device}"
@@ -314,11 +312,11 @@ class WithCyclicPenalty(CyclicPenalty):
             bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
             bound.apply_defaults()
             return [bound.arguments[name] for name in self.features]
-        found = self.features(*args, **kwargs)
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            got = type(found).__name__
+        features = self.features(*args, **kwargs)
+        if not isinstance(features, (tuple, list)) or len(features) != 2:
+            got = type(features).__name__
             raise TypeError(f"features must return the image and the text features, got {got}")
-        return found
+        return features
 
 
 def _check_wrapped(loss: Any, features: Any) -> None:

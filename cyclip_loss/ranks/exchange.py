@@ -122,6 +122,7 @@ def _ring(
     part for the columns that are here, which `combine` adds to their total in place.
     """
     num_columns = logits.column_features.shape[0]
+    first_column = ranks.first_row(ranks.rank, num_columns)
     blocks = [padded(x, ranks) for x in (logits.column_features, column_lse) if x is not None]
     for step in range(ranks.size):
         is_last = step + 1 == ranks.size
@@ -130,11 +131,15 @@ def _ring(
             sent.append(total)
         finish = start_hop(sent, ranks)
         owner = (ranks.rank - step) % ranks.size
-        count = ranks.rows_on(owner, num_columns)
-        part = None
+        start, end = (ranks.first_row(rank, num_columns) for rank in (owner, owner + 1))
+        count, part = end - start, None
         if count > 0:
             column_features, *lse = (block[:count] for block in blocks)
-            block = _block_of(logits, column_features, owner, ranks)
+            block = logits._replace(
+                column_features=column_features,
+                column_ids=None if logits.column_ids is None else logits.column_ids[start:end],
+                partner_offset=logits.partner_offset + first_column - start,
+            )
             part = column_part(block, lse[0] if lse else None)
         received = finish()
         if total is not None and step > 0:
@@ -146,17 +151,6 @@ def _ring(
         # Free these, each as large as a block, before the next step allocates its own.
         del part, received, finish, sent
     return None if total is None else start_hop([total], ranks)()[0][:num_columns]
-
-
-def _block_of(logits: Logits, column_features: Tensor, owner: int, ranks: Ranks) -> Logits:
-    """The logits of this rank's rows with the columns of the rank `owner`."""
-    num_columns = logits.column_features.shape[0]
-    start, ids = ranks.first_row(owner, num_columns), logits.column_ids
-    return logits._replace(
-        column_features=column_features,
-        column_ids=None if ids is None else ids[start : start + len(column_features)],
-        partner_offset=logits.partner_offset + ranks.first_row(ranks.rank, num_columns) - start,
-    )
 
 
 STRATEGIES = {
