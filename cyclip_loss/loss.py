@@ -3,6 +3,9 @@
 A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across
 ranks, the gather of the columns runs while the Gram matrices are computed, and their all-reduce
 runs while the contrastive terms are.
+
+The modules are dataclasses. Most options are fields of their bases in `options.py`, in whose order
+`help(CyCLIPLoss)` shows them.
 """
 
 import inspect
@@ -64,10 +67,10 @@ class CyCLIPLoss(ContrastiveModule):
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
-            the kernels if they support the features' device, else "eager". With "auto" each form of
-            a kernel is compared with PyTorch when it is first used; if one is wrong, a warning says
-            so, and "eager" computes from then on. The environment variable CYCLIP_LOSS_IMPL sets
-            what "auto" means.
+            the kernels if they support the features' device, else "eager". With "auto" each layout
+            of a call is compared with PyTorch when a kernel is first used for it; if the kernel is
+            wrong, a warning says so, and "eager" computes from then on. The environment variable
+            CYCLIP_LOSS_IMPL sets what "auto" means.
 
     All options are attributes that may be set between calls, also of a compiled loss.
 

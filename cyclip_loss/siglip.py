@@ -73,7 +73,7 @@ class CySigLIPLoss(ContrastiveModule):
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
     bidir: bool = option(True, options.boolean, same_on_all_ranks=False)
-    chunk_size: float | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
+    chunk_size: int | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
 
     def forward(
         self,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps
+from cyclip_loss.logits import BlockLse, Gradients, Logits
 from cyclip_loss.numerics import accumulation_dtype
 
 
@@ -34,7 +34,7 @@ class Positives:
         self.ordered_ids = batch_ids.sort()[0]
         self.row_products: Any = 0.0  # sum_i I_i . R_i over the blocks so far
 
-    def block_lse(self, block_lse: Any, block: Logits) -> LogSumExps:
+    def block_lse(self, block_lse: Any, block: Logits) -> BlockLse:
         """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
