@@ -29,10 +29,6 @@ class Ranks(NamedTuple):
         c10d: Any = distributed_c10d
         return c10d._resolve_process_group(self.group_name)  # type: ignore[no-any-return]
 
-    def rows_on(self, rank: int, n: int) -> int:
-        """The number of rows of a rank."""
-        return n if self.counts is None else self.counts[rank]
-
     def first_row(self, rank: int, n: int) -> int:
         """Where a rank's rows begin in the global batch."""
         return rank * n if self.counts is None else sum(self.counts[:rank])

@@ -168,8 +168,9 @@ def cached_backward(
 
         start(model)
         with ExitStack() as stack:
-            # DDP's forward sends buffers and prepares to reduce the gradients. It runs in the first
-            # run of all, so once in a step. Its module starts with the buffers that it received.
+            # DDP's forward sends buffers and prepares to reduce the gradients. Only the first run
+            # of the first mini-batch uses it, so both happen once in a step. The hook notes the
+            # buffers after DDP has received them.
             for module in model.modules():
                 if isinstance(module, nn.parallel.DistributedDataParallel):
                     if index == 0:

@@ -61,7 +61,7 @@ def prepare(
     function: str = "",
     symmetric: bool,
     logit_bias: Tensor | float | None = None,
-    **others: Any,
+    **further: Any,
 ) -> Batch:
     """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
 
@@ -69,7 +69,7 @@ def prepare(
     negatives are left out if there are none on any rank.
 
     options: the module; function: the public name of the loss, by default the module's class;
-    symmetric: whether the texts have log-sum-exps, too; others: ids, and augmented and negative
+    symmetric: whether the texts have log-sum-exps, too; further: ids, and augmented and negative
     features, by their argument's name.
     """
     hint = "pass lambdas to the constructor, and ids by keyword"
@@ -82,15 +82,15 @@ def prepare(
         positives = options.same_ids == "positives"
     scale = check_scalar("logit_scale", logit_scale, images)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
-    ids = check_ids("ids", others.pop("ids"), images)
+    ids = check_ids("ids", further.pop("ids"), images)
     if ids is None and positives:
         raise ValueError("same_ids='positives' needs ids, got None")
     found = [("text_features", images, texts, ids, ids, 0)]
-    others = {name: value for name, value in others.items() if value is not None}
-    for name, features in others.items():
+    further = {name: value for name, value in further.items() if value is not None}
+    for name, features in further.items():
         kind, _, what = name.rpartition("_")
         if what == "ids":
-            if f"{kind}_features" not in others:
+            if f"{kind}_features" not in further:
                 raise ValueError(f"{name} needs {kind}_features, got None")
             continue
         has_pairs, of_images = kind.startswith("augmented"), kind in IMAGES_MEET
@@ -99,7 +99,7 @@ def prepare(
         columns = check_features(rows, features, names, ranks.size > 1, has_pairs)[1]
         column_ids = ids
         if not has_pairs:
-            column_ids = check_ids(f"{kind}_ids", others.get(f"{kind}_ids"), columns)
+            column_ids = check_ids(f"{kind}_ids", further.get(f"{kind}_ids"), columns)
             if column_ids is not None and ids is None:
                 raise ValueError(f"{kind}_ids needs ids, got None")
             # Its NaN has to reach the scale: its own logits may be -inf or masked.
@@ -107,7 +107,7 @@ def prepare(
             columns, scale = columns + zero, scale + zero.sum()
         row_ids = None if column_ids is None else ids
         found.append((name, rows, columns, row_ids, column_ids, 0 if has_pairs else NO_PAIRS))
-    missing = {"augmented_image_features", "augmented_text_features"} - {*others}
+    missing = {"augmented_image_features", "augmented_text_features"} - {*further}
     if len(missing) == 1:
         raise ValueError(f"augmented features go together: {missing.pop()} is None")
     counted: dict[str, Ranks] = {}
@@ -213,7 +213,11 @@ def warn_of_mistakes(called: Any, batch: Batch) -> None:
     names = [x.name for x in batch.comparisons]
     weight = getattr(called, "inmodal_contrastive_weight", None)
     if weight is not None and "augmented_text_features" not in names:
-        usage_warnings.warn_of_unused_weight()
+        usage_warnings.warn_once(
+            "inmodal_contrastive_weight",
+            "inmodal_contrastive_weight has no effect in a call without augmented_image_features "
+            "and augmented_text_features",
+        )
     if called in _checked or image.shape[0] == 0 or image.is_meta or is_capturing(image):
         return
     _checked.add(called)

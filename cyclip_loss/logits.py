@@ -42,6 +42,11 @@ class Logits(NamedTuple):
             return None
         return self.row_ids[start:stop, None] == self.column_ids
 
+    def transposed(self) -> "Logits":
+        """The logits with rows and columns exchanged."""
+        rows, columns, scale, row_ids, column_ids, offset, *flags = self
+        return Logits(columns, rows, scale, column_ids, row_ids, -offset, *flags)
+
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""
         return Logits(
@@ -56,11 +61,11 @@ class Logits(NamedTuple):
         )
 
 
-class LogSumExps(NamedTuple):
+class BlockLse(NamedTuple):
     """Log-sum-exps over the negatives of each row and column, and the logits of the pairs."""
 
-    # (n + m,), of the rows and then of the columns; (n,) unless `Logits.symmetric`. -inf without
-    # negatives.
+    # (n + m,): those of the rows, then those of the columns. (n,) unless `Logits.symmetric`. -inf
+    # without negatives.
     negatives_lse: Tensor
     pair_logits: Tensor  # (n,), of the rows; 0 where a row has no partner, NaN instead of infinite
 
@@ -76,9 +81,10 @@ class LogSumExps(NamedTuple):
 
 
 class SavedStatistics(NamedTuple):
-    """The gradient of the logits: unit * (exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)).
+    """What gives the gradient of the logits.
 
-    row_lse, column_lse: log-sum-exps minus the logarithm of their upstream gradient / unit.
+    That of l_ij is unit * (exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)), unless it is a pair.
+    row_lse, column_lse: each log-sum-exp, less the logarithm of (its upstream gradient / unit).
     """
 
     row_lse: Tensor  # (n,)

@@ -3,6 +3,9 @@
 A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across
 ranks, the gather of the columns runs while the Gram matrices are computed, and their all-reduce
 runs while the contrastive terms are.
+
+The modules are dataclasses. Most options are fields of their bases in `options.py`, in whose order
+`help(CyCLIPLoss)` shows them.
 """
 
 import inspect
@@ -65,10 +68,10 @@ class CyCLIPLoss(ContrastiveModule):
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
-            the kernels if they support the features' device, else "eager". With "auto" each form of
-            a kernel is compared with PyTorch when it is first used; if one is wrong, a warning says
-            so, and "eager" computes from then on. The environment variable CYCLIP_LOSS_IMPL sets
-            what "auto" means.
+            the kernels if they support the features' device, else "eager". With "auto" each layout
+            of a call is compared with PyTorch when a kernel is first used for it; if the kernel is
+            wrong, a warning says so, and "eager" computes from then on. The environment variable
+            CYCLIP_LOSS_IMPL sets what "auto" means.
 
     All options are attributes that may be set between calls, also of a compiled loss.
 
@@ -325,9 +328,7 @@ class WithCyclicPenalty(CyclicPenalty):
         several = isinstance(terms, (dict, tuple))
         values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
         penalties: Any = super().forward(image_features, text_features, several)
-        if not values:
-            raise UnsuitableLoss(self._not_terms(f"an empty {type(terms).__name__}"))
-        for value in values:
+        for value in values or [terms]:
             got = type(value).__name__
             if isinstance(value, Tensor):
                 got += f" {tuple(value.shape)} of {value.dtype} on {value.device}"
@@ -360,11 +361,11 @@ class WithCyclicPenalty(CyclicPenalty):
             bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
             bound.apply_defaults()
             return [bound.arguments[name] for name in self.features]
-        found = self.features(*args, **kwargs)
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            got = type(found).__name__
+        features = self.features(*args, **kwargs)
+        if not isinstance(features, (tuple, list)) or len(features) != 2:
+            got = type(features).__name__
             raise UnsuitableLoss(f"features must return the image and the text features, got {got}")
-        return found
+        return features
 
 
 def _check_wrapped(loss: Any, features: Any) -> None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss.batch import Ranks
 from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import rows_per_strip
 from cyclip_loss.options import ContrastiveOptions, boolean
@@ -81,7 +80,12 @@ def consistency_metrics(
     )
     n = pair[0].shape[0]
     if ranks.size > 1:
-        pair, ranks = _gather(pair, ranks)
+        num_rows, signature = {"both features": n}, {"the function": "consistency_metrics"}
+        options = ContrastiveOptions(uneven=True)
+        ranks = check_ranks_agree(ranks, pair[0], num_rows, signature, options)["both features"]
+        own = torch.cat(pair, dim=1)
+        gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
+        pair = gathered.chunk(2, dim=1)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
     image_mean, text_mean = images.mean(dim=0), texts.mean(dim=0)
@@ -102,18 +106,6 @@ def consistency_metrics(
     modality_gap = torch.linalg.vector_norm(image_mean - text_mean)
     metrics = [*_metrics(sums, images, texts), modality_gap]
     return {name: value.float() for name, value in zip(NAMES, metrics, strict=True)}
-
-
-def _gather(pair: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[tuple[Tensor, Tensor], Ranks]:
-    """The features of all ranks, and the ranks with their numbers of rows."""
-    n, d = pair[0].shape
-    num_rows, signature = {"both features": n}, {"the function": "consistency_metrics"}
-    options = ContrastiveOptions(uneven=True)
-    ranks = check_ranks_agree(ranks, pair[0], num_rows, signature, options)["both features"]
-    own = torch.cat(pair, dim=1)
-    gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
-    images, texts = gathered.tensor_split((d,), dim=1)
-    return (images, texts), ranks
 
 
 def _mean_similarity(x: Tensor, y: Tensor) -> Tensor:

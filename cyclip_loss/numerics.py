@@ -2,8 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from importlib import metadata
-from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
@@ -155,8 +153,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def architecture(device: torch.device) -> str | None:
     """The name of the tile table used for a device; None if the kernels do not support it.
 
-    They need Ampere or newer, and Blackwell a newer Triton too, if one is installed. All of the
-    sm_100 family take sm_100's, and other devices without a table sm_86's.
+    They need Ampere or newer, and Blackwell needs a newer Triton. All of the sm_100 family take
+    sm_100's table, and other devices without one sm_86's.
     """
     if device.type != "cuda":
         return None
@@ -164,21 +162,16 @@ def architecture(device: torch.device) -> str | None:
         name = torch.cuda.get_device_properties(device).gcnArchName
         return "gfx942" if name.startswith("gfx942") else None
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return None
-    if major >= 10 and find_spec("triton") and triton_version() < TRITON_FOR_BLACKWELL:
+    if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
         return None
     tables = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90", (12, 0): "sm_120"}
     return tables.get((major, minor), "sm_100" if major == 10 else "sm_86")
 
 
 def triton_version() -> tuple[int, ...]:
-    """Major and minor version, without importing Triton; (0, 0) if no package of it is found."""
-    # Those beside "triton" are on PyTorch's own index; the last is for Windows.
-    names = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
-    for name in names:
-        try:
-            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
-        except metadata.PackageNotFoundError:
-            continue
-    return (0, 0)
+    """Major and minor version. Without a Triton that works, the one that Blackwell needs."""
+    try:
+        import triton
+    except Exception:  # whoever imports the kernels hears what is wrong
+        return TRITON_FOR_BLACKWELL
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -146,8 +146,8 @@ def _hold_group(options: Any, group: Any) -> None:
     options._held_group = _HeldGroup(group)
 
 
-# A property, in place of the default that the dataclass has read. (PyTorch 2.8 traces no other
-# descriptor of a module.)
+# The dataclass has read the default of the field, whose place the property takes. (PyTorch 2.8
+# traces no other descriptor of a module.)
 setattr(Options, "process_group", property(lambda x: x._held_group.group, _hold_group))  # noqa: B010
 
 
@@ -167,7 +167,7 @@ class PenaltyOptions(Options):
     lambda_inmodal: float = option(0.25, weight)
     lambda_crossmodal: float = option(0.25, weight)
     _: KW_ONLY
-    reference_batch_size: float | None = option(None, optional_batch_size)
+    reference_batch_size: int | None = option(None, optional_batch_size)  # kept as a float
     centered: bool = option(False, boolean)
 
     def has_penalties(self) -> bool:

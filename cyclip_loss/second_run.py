@@ -48,8 +48,7 @@ def differs(first: Any, second: Any) -> Any:
     if first.shape != getattr(second, "shape", None):
         return True
     is_short = first.itemsize < 4 or torch.is_autocast_enabled(first.device.type)
-    finite = first.isfinite() & second.isfinite()
     only_one = (first.isfinite() != second.isfinite()).any()
-    first, second = first.where(finite, 0), second.where(finite, 0)
+    first, second = first.nan_to_num(0, 0, 0), second.nan_to_num(0, 0, 0)
     bound = 0.06 if is_short else 1e-3
     return only_one | (torch.dist(first, second) > bound * first.norm())

@@ -77,15 +77,6 @@ def warn_of_penalties(options: Any, num_pairs: int) -> None:
         )
 
 
-def warn_of_unused_weight() -> None:
-    """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
-    warn_once(
-        "inmodal_contrastive_weight",
-        "inmodal_contrastive_weight has no effect in a call without augmented_image_features "
-        "and augmented_text_features",
-    )
-
-
 def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -> None:
     """Warn of rows that are not of unit length, and of a scale that can't be CLIP's.
 

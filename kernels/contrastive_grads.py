@@ -2,7 +2,7 @@
 
 With l_ij = s * I_i . T_j, the vectors r, c of `SavedStatistics`, and the scalar w = unit:
 
-    G_ij = pair_gradient_i if column j is row i's partner, 0 if it has the same id,
+    G_ij = pair_gradient_i / w if column j is row i's partner, 0 if it has the same id,
            else exp(l_ij - r_i) + exp(l_ij - c_j)
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 

@@ -25,7 +25,7 @@ from cyclip_loss.kernels.tiles import (
     split,
     tile_product,
 )
-from cyclip_loss.logits import Logits, LogSumExps
+from cyclip_loss.logits import BlockLse, Logits
 from cyclip_loss.numerics import on_device_of
 
 # Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
@@ -91,13 +91,14 @@ def contrastive_lse_kernel(
             pair += pair - pair  # NaN instead of infinite, which would look perfectly matched
             in_tile = (partner >= start) & (partner < start + WIDTH)
             tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
-        # Before the mask of the edges: after it, gfx942 would run out of registers for masks.
+        # The mask of ids comes before that of the edges. In the other order, gfx942 runs out of
+        # registers for masks.
         if row_ids is not None:
             same = same_ids(row_ids, column_ids, rows, columns, n, m)
             logits = tl.where(same, -float("inf"), logits)
-        # Not in the branch above, where this would spill registers.
+        # A second branch, because in the first one this spills registers.
         if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
-            # -1 for columns outside saves masks, as above.
+            # Columns outside are -1, which takes one mask less.
             inside = tl.where(columns < m, columns, -1)
             negative = (inside >= 0)[None, :] & (inside[None, :] != partner[:, None])
             logits = tl.where(negative & (rows < n)[:, None], logits, -float("inf"))
@@ -183,7 +184,7 @@ def join_lse_kernel(
         )  # fmt: skip
 
 
-def contrastive_lse(logits: Logits) -> LogSumExps:
+def contrastive_lse(logits: Logits) -> BlockLse:
     """As `eager.contrastive_lse`."""
     config = config_for("contrastive_lse", logits.row_features)
     tile = config.tile
@@ -218,4 +219,4 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
                 num_columns if start > 0 else 0, part.partner_offset,
                 **JOIN_LSE.kwargs,
             )  # fmt: skip
-    return LogSumExps(negatives_lse, pair_logits)
+    return BlockLse(negatives_lse, pair_logits)

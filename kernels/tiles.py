@@ -77,11 +77,11 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def rounded_kernel(numbers, rounded, size, BLOCK: tl.constexpr):
-    """Round float32 numbers to tf32; `rounded` may be `numbers`. size: a multiple of 16."""
+def rounded_kernel(numbers, rounded, count, BLOCK: tl.constexpr):
+    """Round float32 numbers to tf32; `rounded` may be `numbers`. count: a multiple of 16."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(numbers + index, mask=index < size)
-    tl.store(rounded + index, round_to_tf32(x), mask=index < size)
+    x = tl.load(numbers + index, mask=index < count)
+    tl.store(rounded + index, round_to_tf32(x), mask=index < count)
 
 
 def operand(features: Tensor, tile: dict[str, Any]) -> Tensor:
@@ -94,10 +94,10 @@ def operand(features: Tensor, tile: dict[str, Any]) -> Tensor:
         return aligned
     aligned = aligned.contiguous()
     rounded = torch.empty_like(aligned) if aligned is features else aligned
-    size = aligned.numel()
+    count = aligned.numel()
     with on_device_of(aligned):
-        rounded_kernel[(ceil_div(size, ROUND.tile["BLOCK"]),)](
-            aligned, rounded, size, **ROUND.kwargs
+        rounded_kernel[(ceil_div(count, ROUND.tile["BLOCK"]),)](
+            aligned, rounded, count, **ROUND.kwargs
         )
     return rounded
 

@@ -59,7 +59,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # macOS has no Triton. All else that the whole suite needs is in the extras.
+    # macOS has no Triton. tests/requirements.txt and the extras have all else that the suite needs.
     is_linux = sys.platform == "linux"
     missing = [file for file in collect_ignore if is_linux or NEEDS[file] != ("triton",)]
     runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from cyclip_loss import numerics
 from cyclip_loss.logits import (
+    BlockLse,
     Gradients,
     Logits,
-    LogSumExps,
     SavedStatistics,
     SharedExponentials,
 )
@@ -57,8 +57,8 @@ def _logit_strips(
     """
     dtype = accumulation_dtype(column_features.dtype)
     options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
-    # Scaling the smaller factor takes n * D multiplications instead of n * m. But off the CPU the
-    # product may be in tf32, which holds 16-bit features exactly, but not s * I.
+    # Scale the rows, n * D products. Not off the CPU: in tf32 s * I would be rounded, and 16-bit I
+    # is not.
     scales_rows = column_features.dtype == dtype and column_features.is_cpu
     n, m = len(logits.row_features), len(column_features)
     for start, stop in strips(n, rows_per_strip(m, column_features.device)):
@@ -79,7 +79,7 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     return diagonal, slice(start + rows.start, start + rows.stop)
 
 
-def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> LogSumExps:
+def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> BlockLse:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
     With `shared`, which is filled for backward, one exponential of each logit serves both. With
@@ -127,7 +127,7 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
         shared.row_max.fill_(torch.nan)
         return contrastive_lse(logits)
     column_lse = column_sum.log_().add_(column_max)
-    return LogSumExps(torch.cat((row_lse, column_lse)), pair_logits)
+    return BlockLse(torch.cat((row_lse, column_lse)), pair_logits)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ def same_ids_but_pairs(logits: Logits, start: int, stop: int) -> Tensor | None:
     return same
 
 
-# Losses of single logits, by name: f(x), and its derivative, which takes `out`. Both are 0 at -inf,
-# and no derivative is above 2, so that it fits float16 (`float16_shift`).
+# Elementwise losses by name: f(x), and f'(x), which takes `out`. Both must be 0 at -inf, and f' at
+# most 2, so that 2^14 f' fits float16 (`float16_shift`).
 ELEMENTWISE: dict[str, tuple[Any, Any]] = {"sigmoid": (softplus, torch.sigmoid)}
 
 
@@ -355,7 +355,7 @@ def cyclic_grads(
     n, d = image_features.shape
     a_grad, b_grad, *c_grad = gram_grads
     a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
-    # With equal weights it is 0; on a CPU the comparison costs nothing.
+    # With equal weights C has no share. (On a GPU the host would wait to see that.)
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))

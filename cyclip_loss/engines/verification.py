@@ -142,8 +142,14 @@ class VerifiedKernels:
         """Arguments of the same layout, with values of our own."""
         names = signature(getattr(self.eager, function)).parameters
         batch = list(map(self._like, names, arguments))
-        if function == "contrastive_grads":
-            batch[1] = self._statistics_of(batch[0])
+        if function == "contrastive_grads":  # about what a loss gives for these logits
+            logits = tree_map(_widened, batch[0])
+            lse = self.eager.contrastive_lse(logits)
+            row_lse = torch.logaddexp(lse.of_rows, lse.pair_logits)
+            pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
+            unit = torch.full_like(logits.logit_scale, -1.5)
+            saved = row_lse, lse.of_columns + 0.5, pair_gradient, unit
+            batch[1] = SavedStatistics(*(x.float() for x in saved))
         return batch
 
     def _like(self, name: str, value: Any) -> Any:
@@ -155,33 +161,19 @@ class VerifiedKernels:
             return [x.to(self.device, torch.float32) for x in _random(len(value), d, d)]
         if name in SCALARS:
             return torch.full((), SCALARS[name], device=value.device, dtype=torch.float32)
-        if isinstance(value, Tensor):
-            return self._tensor_like(name, value)
         if name == "partner_offset" and value != NO_PAIRS:
             return 10 * _sign(value)
-        return value
-
-    def _statistics_of(self, logits: Logits) -> SavedStatistics:
-        """About what a loss gives for these logits."""
-        lse = self.eager.contrastive_lse(tree_map(_widened, logits))
-        row_lse = torch.logaddexp(lse.of_rows, lse.pair_logits)
-        pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
-        unit = torch.full_like(logits.logit_scale, -1.5)
-        found = (row_lse, lse.of_columns + 0.5, pair_gradient, unit)
-        return SavedStatistics(*(x.float() for x in found))
-
-    def _tensor_like(self, name: str, value: Tensor) -> Tensor:
-        """Ids or features."""
-        device = self.device
         is_column = name.startswith("column")
         count = self.num_columns if is_column else self.num_rows
-        if value.dtype == torch.int64:
+        if name.endswith("_ids") and value is not None:
             # Some are negative, and some differ in their upper 32 bits alone.
-            number = torch.arange(count, device=device) + is_column
+            number = torch.arange(count, device=self.device) + is_column
             return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
-        row_features, column_features = self._features(divisor_of(value.shape[1]))
-        features = column_features if name in ("column_features", "text_features") else row_features
-        return _with_strides_of(value, features[:count])
+        if name.endswith("_features"):
+            features = self._features(divisor_of(value.shape[1]))
+            is_second = name in ("column_features", "text_features")
+            return _with_strides_of(value, features[is_second][:count])
+        return value
 
     def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
         """Row and column features. Every fifth row is nearly aligned with its column."""

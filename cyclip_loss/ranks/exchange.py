@@ -4,7 +4,8 @@
 
     forward    all-gather of the text features (started early, in `terms/contrastive.py`);
                all-reduces of the maxima of N columns, and of their sums
-    backward   all-gather of N elements; reduce-scatter of the text gradients (N, D)
+    backward   all-reduce of the sign of `unit` and, for float16, of a maximum; all-gather of N
+               elements; reduce-scatter of the text gradients (N, D)
 
 "ring": each rank passes a block of n text rows on to the next rank. After W steps every row has met
 every column, in O(n D) memory per rank. Each block's column sums follow it one step later, and
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.batch import Ranks
-from cyclip_loss.logits import Gradients, Logits, LogSumExps
+from cyclip_loss.logits import BlockLse, Gradients, Logits
 from cyclip_loss.ranks.collectives import all_reduce_lse, padded, start_hop, sum_and_scatter
 
 # Computes a block of logits: this rank's rows with some columns.
-BlockLse = Callable[[Logits], LogSumExps]
+LseFunction = Callable[[Logits], BlockLse]
 # The second argument: `SavedStatistics`, or None if a gradient needs none.
-BlockGrads = Callable[[Logits, Any], Gradients]
+GradsFunction = Callable[[Logits, Any], Gradients]
 
 
 class Strategy(NamedTuple):
@@ -36,13 +37,13 @@ class Strategy(NamedTuple):
     gathers_columns: bool
     # (block_lse, logits, ranks): the log-sum-exps of this rank's rows and, complete, of the columns
     # of `logits`.
-    log_sum_exps: Callable[..., LogSumExps]
+    log_sum_exps: Callable[..., BlockLse]
     # (block_grads, logits, the second argument of block_grads, which of the three are needed,
     # ranks): gradients of this rank's rows and its own columns, and its part of the scale's.
     gradients: Callable[..., Gradients]
 
 
-def _gather_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
+def _gather_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> BlockLse:
     own = block_lse(logits)
     if not logits.symmetric or ranks.size == 1:
         return own
@@ -51,7 +52,7 @@ def _gather_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> L
 
 
 def _gather_gradients(
-    block_grads: BlockGrads, logits: Logits, saved: Any, needs: list[bool], ranks: Ranks
+    block_grads: GradsFunction, logits: Logits, saved: Any, needs: list[bool], ranks: Ranks
 ) -> Gradients:
     grads = block_grads(logits, saved)
     if needs[1] and ranks.size > 1:
@@ -59,7 +60,7 @@ def _gather_gradients(
     return grads
 
 
-def _ring_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
+def _ring_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> BlockLse:
     num_rows, scale = logits.row_features.shape[0], logits.logit_scale
     # Running log-sum-exps are in float64, because every step rounds them.
     row_lse = scale.new_full((num_rows,), -torch.inf, dtype=torch.float64)
@@ -80,11 +81,11 @@ def _ring_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> Log
         initial = row_lse.new_full((max_columns,), -torch.inf)
     column_lse = _ring(logits, None, initial, column_part, combine, ranks)
     both = row_lse if column_lse is None else torch.cat((row_lse, column_lse))
-    return LogSumExps(both.to(scale.dtype), pair_logits)
+    return BlockLse(both.to(scale.dtype), pair_logits)
 
 
 def _ring_gradients(
-    block_grads: BlockGrads, logits: Logits, saved: Any, needs: list[bool], ranks: Ranks
+    block_grads: GradsFunction, logits: Logits, saved: Any, needs: list[bool], ranks: Ranks
 ) -> Gradients:
     needs_rows, needs_columns, needs_scale = needs
     new = logits.logit_scale
@@ -92,8 +93,8 @@ def _ring_gradients(
     scale_grad = new.new_zeros(() if needs_scale else (0,))
 
     def column_part(block: Logits, column_lse: Tensor | None) -> Tensor:
-        here = saved if column_lse is None else saved._replace(column_lse=column_lse)
-        rows, columns, scale = block_grads(block, here)
+        block_saved = saved if column_lse is None else saved._replace(column_lse=column_lse)
+        rows, columns, scale = block_grads(block, block_saved)
         if needs_rows:
             row_grad.add_(rows)
         if needs_scale:
@@ -122,6 +123,7 @@ def _ring(
     part for the columns that are here, which `combine` adds to their total in place.
     """
     num_columns = logits.column_features.shape[0]
+    first_column = ranks.first_row(ranks.rank, num_columns)
     blocks = [padded(x, ranks) for x in (logits.column_features, column_lse) if x is not None]
     for step in range(ranks.size):
         is_last = step + 1 == ranks.size
@@ -130,11 +132,15 @@ def _ring(
             sent.append(total)
         finish = start_hop(sent, ranks)
         owner = (ranks.rank - step) % ranks.size
-        count = ranks.rows_on(owner, num_columns)
-        part = None
+        start, end = (ranks.first_row(rank, num_columns) for rank in (owner, owner + 1))
+        count, part = end - start, None
         if count > 0:
             column_features, *lse = (block[:count] for block in blocks)
-            block = _block_of(logits, column_features, owner, ranks)
+            block = logits._replace(
+                column_features=column_features,
+                column_ids=None if logits.column_ids is None else logits.column_ids[start:end],
+                partner_offset=logits.partner_offset + first_column - start,
+            )
             part = column_part(block, lse[0] if lse else None)
         received = finish()
         if total is not None and step > 0:
@@ -146,17 +152,6 @@ def _ring(
         # Free these, each as large as a block, before the next step allocates its own.
         del part, received, finish, sent
     return None if total is None else start_hop([total], ranks)()[0][:num_columns]
-
-
-def _block_of(logits: Logits, column_features: Tensor, owner: int, ranks: Ranks) -> Logits:
-    """The logits of this rank's rows with the columns of the rank `owner`."""
-    num_columns = logits.column_features.shape[0]
-    start, ids = ranks.first_row(owner, num_columns), logits.column_ids
-    return logits._replace(
-        column_features=column_features,
-        column_ids=None if ids is None else ids[start : start + len(column_features)],
-        partner_offset=logits.partner_offset + ranks.first_row(ranks.rank, num_columns) - start,
-    )
 
 
 STRATEGIES = {

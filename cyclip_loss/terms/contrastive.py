@@ -20,12 +20,13 @@ whatever the loss is.
 Forward saves the features and vectors of N elements. Backward computes the logits again, 8 N^2 D
 flops in all, unless the eager engine keeps their exponentials (6 N^2 D, as dense autograd takes;
 `eager.contrastive_lse`). Small batches are dense (`dense.py`). With the N pairs spread over ranks,
-`ranks/exchange.py` brings rows and columns
-together. Gradients are summed across ranks in the accumulation dtype. What needs several steps, or
-whose result a rank may not use, is inside the operators, where `torch.compile` does not see it. If
-it were traced, a ring would keep every block for backward, and a rank without rows would drop
-collectives whose results it does not use. Outside are the gathers, the sum of the loss and, in
-backward, the reductions that choose `unit`, whose results every rank passes to an operator.
+`ranks/exchange.py` brings rows and columns together, and gradients are summed across ranks in the
+accumulation dtype.
+
+`torch.compile` does not see inside of the operators. If it traced a ring, it would keep every block
+for backward. If it traced a collective whose result a rank without rows does not use, that rank
+would leave it out, and the others would wait. Outside of operators are the gathers, the sum of the
+loss and, in backward, the reductions that choose `unit`: every rank passes their results on.
 """
 
 from functools import partial
@@ -53,7 +54,7 @@ class Gathered(NamedTuple):
     ids: Tensor | None
 
 
-class PairLogSumExps(NamedTuple):
+class PairLse(NamedTuple):
     """What contrastive losses are functions of, for this rank's pairs and one comparison.
 
     The sums run over the negatives of all ranks. The upstream gradients are those of this rank's
@@ -84,7 +85,7 @@ def start(batch: Batch, plan: Plan) -> list[Gathered]:
 
 def losses(batch: Batch, plan: Plan, started: list[Gathered]) -> list[Tensor]:
     """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
-    found = []
+    losses = []
     for lse, pair_logits, other_positives in log_sum_exps(batch, plan, started):
         of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
         if batch.ranks.size == 1:
@@ -93,20 +94,20 @@ def losses(batch: Batch, plan: Plan, started: list[Gathered]) -> list[Tensor]:
             loss = of_pairs.sum() / (batch.total_pairs() * lse.shape[0])
         if other_positives is not None:
             loss = loss - other_positives / batch.total_pairs()
-        found.append(collectives.sum_of_ranks(loss, batch.ranks))
+        losses.append(collectives.sum_of_ranks(loss, batch.ranks))
     if batch.logit_bias is not None:
-        found[0] = found[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
-    return found
+        losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
+    return losses
 
 
-def weighted(found: list[Tensor], inmodal_weight: float | None) -> dict[str, Tensor]:
-    """The terms of the loss, by name. found: from `losses`."""
-    clip, *of_views = found
-    if not of_views:
+def weighted(losses: list[Tensor], inmodal_weight: float | None) -> dict[str, Tensor]:
+    """The terms of the loss, by name. losses: from the function `losses`."""
+    clip, *views = losses
+    if not views:
         return {"contrastive_loss": clip}
     if inmodal_weight is None:  # the authors' mean
         clip, inmodal_weight = clip / 2, 0.5
-    inmodal = (of_views[0] + of_views[1]) / 2
+    inmodal = (views[0] + views[1]) / 2
     return {"contrastive_loss": clip, "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
@@ -121,9 +122,9 @@ def progress(clip: Tensor, batch: Batch) -> Tensor:
     return (1 - clip.detach() / chance).clamp(0, 1)
 
 
-def log_sum_exps(batch: Batch, plan: Plan, started: list[Gathered]) -> list[PairLogSumExps]:
+def log_sum_exps(batch: Batch, plan: Plan, started: list[Gathered]) -> list[PairLse]:
     """The log-sum-exps of each comparison with pairs; of the first, with extra negatives."""
-    found: list[PairLogSumExps] = []
+    lse: list[PairLse] = []
     for (name, logits, ranks), gathered in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
             results = dense.log_sum_exps(logits)
@@ -131,13 +132,13 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Gathered]) -> list[Pair
             inputs = (*logits, *gathered, ranks, plan)
             results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
         if logits.partner_offset == 0:
-            found.append(PairLogSumExps(*results))
+            lse.append(PairLse(*results))
         else:
             direction = int(name == "negative_image_features")
-            joined = _joined(found[0].negatives_lse, results[0][0], direction)
+            joined = _joined(lse[0].negatives_lse, results[0][0], direction)
             # Not `_replace`, which PyTorch 2.8 cannot trace.
-            found[0] = PairLogSumExps(joined, found[0].pair_logits, found[0].other_positives)
-    return found
+            lse[0] = PairLse(joined, lse[0].pair_logits, lse[0].other_positives)
+    return lse
 
 
 def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
@@ -149,7 +150,7 @@ def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
 
 
 class _LogSumExps(torch.autograd.Function):
-    """The fields of `PairLogSumExps`. The inputs are those of `with_gathered_columns`."""
+    """The fields of `PairLse`. The inputs are those of `with_gathered_columns`."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -172,10 +173,9 @@ class _LogSumExps(torch.autograd.Function):
         logits = Logits(*tensors, *ctx.flags)
         # Only columns are shared with other ranks.
         ranks = ctx.ranks if logits.symmetric else Ranks()
-        # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
-        # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
-        # without negatives, every G_ij is left out.
-        # Filling a number on a GPU would launch a kernel. Compiled code stays on one device.
+        # Divided by `unit` the gradients are >= 0 and have logarithms: 0 gives -inf, so G is 0; a
+        # wrong sign gives NaN. In a row without negatives, no logit has a gradient.
+        # A number on the CPU takes no launch on a GPU. Compiled code stays on one device.
         one = torch.scalar_tensor(
             1, dtype=lse.dtype, device=lse.device if is_traced(lse) else "cpu"
         )
@@ -226,7 +226,7 @@ def with_gathered_columns(ctx: Any, *inputs: Any) -> Logits:
 def _forward(
     logits: Logits, engine: str, strategy: str, kept_exponentials: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `PairLogSumExps`, of which the third is empty without `logits.positives`.
+    """The fields of `PairLse`, of which the third is empty without `logits.positives`.
 
     Then those of `SharedExponentials`, empty if none are shared, or kept. The columns are this
     rank's own or, if the strategy gathers columns, those of all ranks.

@@ -31,9 +31,10 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         negatives = (row_features @ column_features.to(dtype).T) * logits.logit_scale
         detached = negatives.detach()
-        # Mask without autograd. A masked element has no gradient: its exponential is 0 or, in a row
-        # without negatives, the upstream gradient is. Not while compiling: Inductor (PyTorch 2.13)
-        # would drop the gradient of the pair logits in batches of 3 or 4 pairs.
+        # Autograd does not see the masks, which are written through `detached`. It need not: the
+        # gradient of a masked logit is 0, as its exponential is 0 or, in a row without negatives,
+        # the upstream gradient is. While compiling it sees them: else Inductor (PyTorch 2.13) drops
+        # the gradient of the pair logits in batches of 3 or 4 pairs.
         masked = negatives if is_traced(row_features) else detached
         diagonal = masked.diagonal()
         # NaN for an infinite pair logit, which would look perfectly matched.

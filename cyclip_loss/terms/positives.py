@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps
+from cyclip_loss.logits import BlockLse, Gradients, Logits
 from cyclip_loss.numerics import accumulation_dtype
 
 
@@ -34,7 +34,7 @@ class Positives:
         self.ordered_ids = batch_ids.sort()[0]
         self.row_products: Any = 0.0  # sum_i I_i . R_i over the blocks so far
 
-    def block_lse(self, block_lse: Any, block: Logits) -> LogSumExps:
+    def block_lse(self, block_lse: Any, block: Logits) -> BlockLse:
         """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
@@ -55,7 +55,7 @@ class Positives:
         if needs_rows:
             rows.add_(means.mul_(factor * block.logit_scale))
         if needs_columns:
-            means = self._column_means(block)
+            means = self._row_means(block.transposed())
             columns.add_(means.mul_(factor * block.logit_scale))
         return Gradients(rows, columns, scale)
 
@@ -74,13 +74,6 @@ class Positives:
         rows, columns = block.pairs
         means[rows] -= block.column_features[columns]
         return means.div_(self._counts(block.row_ids)[:, None])
-
-    def _column_means(self, block: Logits) -> Tensor:
-        """R of the columns (m, D), from the rows of this block."""
-        means = _sums_by_id(block.row_features, block.row_ids, block.column_ids)
-        rows, columns = block.pairs
-        means[columns] -= block.row_features[rows]
-        return means.div_(self._counts(block.column_ids)[:, None])
 
 
 def without_ids(block: Logits) -> Logits:

@@ -28,8 +28,8 @@ def test_backward_uses_the_engine_that_forward_chose(first: str, second: str, mo
     loss.backward()
 
 
-# A CUDA capability or AMD architecture, Triton's version (None: it is not installed, ?: another
-# package has it), and the table of tiles (None: the kernels do not run).
+# A CUDA capability or AMD architecture, Triton's version (None: it is not installed), and the table
+# of tiles (None: the kernels do not run).
 GPUS = [
     ((7, 5), "3.9.0", None),
     ((8, 0), "3.4.0", "sm_80"),
@@ -38,7 +38,7 @@ GPUS = [
     ((10, 3), "3.9.0", "sm_100"),
     ((12, 0), "3.10.1", "sm_120"),
     ((12, 1), "3.10.1", "sm_86"),
-    ((12, 0), "?", None),
+    ((12, 0), None, "sm_120"),
     ("gfx1100", "3.9.0", None),
     ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ("gfx942:sramecc+:xnack-", None, "gfx942"),
@@ -49,18 +49,11 @@ GPUS = [
 def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     gpu: Any, version: str | None, expected: str | None, monkeypatch
 ) -> None:
-    def version_of(package: str) -> str:
-        if version == "?":
-            raise numerics.metadata.PackageNotFoundError(package)
-        return version
-
     properties = SimpleNamespace(gcnArchName=gpu)
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
-    monkeypatch.setattr(numerics.metadata, "version", version_of)
-    if version is None:
-        monkeypatch.setattr(numerics, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
     assert numerics.architecture.__wrapped__(torch.device("cuda")) == expected
 
 
