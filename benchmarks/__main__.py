@@ -19,6 +19,7 @@ from benchmarks.compare.plan import DTYPES
 
 MODULES = {
     "compare": "benchmarks.compare.side_by_side",
+    "cached": "benchmarks.cached_backward",
     "gpu": "benchmarks.gpu.sections",
     "gate": "benchmarks.gate.compile",
 }
@@ -74,6 +75,10 @@ def make_parser() -> argparse.ArgumentParser:
         "which your trainer prints",
     )
 
+    cached = add_command(
+        "cached", help="compare a step by cached_backward with one on the whole batch"
+    )
+
     gpu = add_command("gpu", help="test and time the kernels and the loss on this machine's GPU")
     gpu.add_argument(
         "--dry-run",
@@ -89,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--arch", nargs="+", help="architectures (default: all that this Triton supports)"
     )
 
-    for command in (compare, gpu):
+    for command in (compare, cached, gpu):
         command.add_argument(
             "--out",
             type=Path,

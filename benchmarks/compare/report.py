@@ -1,6 +1,8 @@
 """Shows the rows of a side-by-side run: tables with a line for each loss, and a figure."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -74,6 +76,7 @@ def draw(rows: list[Row], device: str, file: Path) -> None:
     sizes = sorted({row["N"] for row in rows})
     for ax, column, title in zip(axes, ("ms", "peak MB"), ("Time", "Peak memory"), strict=True):
         found = {(row["loss"], row["N"]): row[column] for row in rows if "ms" in row}
+        ends = []
         for loss, base, colour in (*DRAWN, *users):
             points = [
                 (n, found[loss, n] / found[base, n])
@@ -81,7 +84,9 @@ def draw(rows: list[Row], device: str, file: Path) -> None:
                 if (loss, n) in found and (base, n) in found
             ]
             if points:
-                ax.loglog(*zip(*points, strict=True), "o-", color=colour, lw=2, ms=4, label=loss)
+                ax.loglog(*zip(*points, strict=True), "o-", color=colour, lw=2, ms=4)
+                ends.append((math.log2(points[-1][1]), loss.split(", no")[0], colour))
+        label_ends(ax, sorted(ends))
         ax.axhline(1, color="black", lw=1)
         ax.set(xlabel="N, pairs in the batch", title=title)
         ax.grid(alpha=0.3)
@@ -89,6 +94,15 @@ def draw(rows: list[Row], device: str, file: Path) -> None:
         ax.minorticks_off()
         ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}×")
-    axes[0].legend(fontsize="small")
     figure.savefig(file)
     plt.close(figure)
+
+
+def label_ends(ax: Any, ends: list[tuple[float, str, str]]) -> None:
+    """Write names at the right ends of lines, far enough apart. ends: log2 y, name, colour."""
+    low, high = map(math.log2, ax.get_ylim())
+    place = -math.inf
+    for y, name, colour in ends:
+        place = max(y, place + (high - low) / 14)
+        at = {"xy": (1.01, 2**place), "xycoords": ax.get_yaxis_transform()}
+        ax.annotate(name, **at, color=colour, va="center", fontsize="small", annotation_clip=False)

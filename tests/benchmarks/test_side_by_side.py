@@ -114,7 +114,7 @@ def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
         "--step-rate 0",
         "--step-rate nan",
         "--step-rate inf",
-        "gpu --out /proc",
+        "cached --out /proc",
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_measured(arguments: str, monkeypatch) -> None:
