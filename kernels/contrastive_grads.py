@@ -69,7 +69,6 @@ def contrastive_grads_kernel(
     pair_gradient,  # (n,): unit * G where row i has a partner
     scale_partials,  # (tiles,) out: unit * the sum over the tile of G_ij (I_i . T_j)
     SYMMETRIC: tl.constexpr,
-    NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the factors
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -113,14 +112,13 @@ def contrastive_grads_kernel(
             pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
             g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / tl.load(unit)))[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
-        if NEEDS_SCALE:
-            tile_sum += sum_of_products(g, parts[part])
+        # Also if the scale needs no gradient: without the sum, sm_100 spills registers with ids.
+        tile_sum += sum_of_products(g, parts[part])
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
             g *= factor
         tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
-    if NEEDS_SCALE:
-        tl.store(scale_partials + tl.program_id(0), tile_sum * (tl.load(unit) / (1 << SHIFT)))
+    tl.store(scale_partials + tl.program_id(0), tile_sum * (tl.load(unit) / (1 << SHIFT)))
 
 
 def num_tiles(logits: Logits, config: Config) -> int:
@@ -204,12 +202,12 @@ def contrastive_grads(
     float32_grads: bool,
 ) -> Gradients:
     """As `eager.contrastive_grads`."""
-    features, needs_scale = logits.row_features, needs[2]
+    features = logits.row_features
     shift, with_ids = float16_shift(features), logits.row_ids is not None
     # One way, too, larger parts would spill registers on sm_90.
     config = config_for("contrastive_grads", features, with_ids or not logits.symmetric)
     tiles = num_tiles(logits, config)
-    scale_partials = saved.row_lse.new_empty(tiles if needs_scale else 0)
+    scale_partials = saved.row_lse.new_empty(tiles)
 
     def own_arguments(start: int, left: int, tiles_before: int) -> tuple[Any, ...]:
         lse = saved.row_lse[start:], saved.column_lse[left:]
@@ -222,13 +220,13 @@ def contrastive_grads(
             logits,
             config,
             own_arguments,
-            {"SYMMETRIC": logits.symmetric, "NEEDS_SCALE": needs_scale},
+            {"SYMMETRIC": logits.symmetric},
             needs,
             saved.unit * logits.logit_scale * 2.0**-shift if shift else None,
             torch.float32 if float32_grads else features.dtype,
         )
         # In an order that is always the same.
-        scale_grad = scale_partials.sum() if needs_scale else scale_partials
+        scale_grad = scale_partials.sum() if needs[2] else scale_partials.new_empty(0)
     return Gradients(row_grad, column_grad, scale_grad)
 
 

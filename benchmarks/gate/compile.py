@@ -127,21 +127,25 @@ def variants(arch: str, features: str) -> list[Variant]:
     """The binaries that a chip needs for features of a dtype, each once.
 
     The steps differ in what selects a binary: the loss, whether D is a multiple of 16, ids, what
-    they mean, extra negatives, and whether each penalty is wanted (which takes one more product).
+    they mean, extra negatives, which towers are trained, and whether each penalty is wanted (which
+    takes one more product).
     """
     dtype, precision = FEATURES[features]
-    distinct = torch.arange(N)
+    distinct, both = torch.arange(N), (True, True)
     cases = (
-        (64, None, "ignored"),
-        (70, None, "ignored"),
-        (64, distinct, "ignored"),
-        (64, distinct, "positives"),
+        (64, None, "ignored", both),
+        (70, None, "ignored", both),
+        (64, distinct, "ignored", both),
+        (64, distinct, "positives", both),
+        (64, None, "ignored", (True, False)),
+        (64, None, "ignored", (False, True)),
     )
     with no_device(arch, precision) as binaries:
-        for make, (d, ids, same_ids), output_dict in product(
+        for make, (d, ids, same_ids, trained), output_dict in product(
             (CyCLIPLoss, CySigLIPLoss), cases, (True, False)
         ):
-            image, text = (x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype))
+            pairs = zip(Run(torch.device("cpu")).pairs(N, d, dtype), trained, strict=True)
+            image, text = (x.requires_grad_(is_trained) for x, is_trained in pairs)
             loss: Any = make(reference_batch_size=128, same_ids=same_ids, impl="triton")
             scale = torch.tensor(14.3).requires_grad_()
             step = partial(
