@@ -10,7 +10,7 @@ from cyclip_loss.metrics import consistency_metrics
 from cyclip_loss.siglip import CySigLIPLoss, SigLipLoss
 from cyclip_loss.usage_warnings import CyCLIPWarning
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "ClipLoss",
     "ContrastiveLogSumExp",
