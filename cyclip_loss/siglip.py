@@ -149,7 +149,7 @@ class SigLipLoss(CySigLIPLoss):
             cache_labels=cache_labels,
             rank=rank,
             world_size=world_size,
-            dist_impl=dist_impl,
+            dist_impl=dist_impl or "bidir",
             chunk_size=chunk_size,
             **options,
         )
