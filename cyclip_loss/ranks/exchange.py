@@ -68,12 +68,12 @@ def _ring_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> 
 
     def column_part(block: Logits, _: Tensor | None) -> Tensor:
         part = block_lse(block)
-        row_lse.copy_(torch.logaddexp(row_lse, part.of_rows))
+        torch.logaddexp(row_lse, part.of_rows, out=row_lse)
         pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
         return part.of_columns
 
     def combine(total: Tensor, part: Tensor) -> None:
-        total.copy_(torch.logaddexp(total, part))
+        torch.logaddexp(total, part, out=total)
 
     initial = None
     if logits.symmetric:
