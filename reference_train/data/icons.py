@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 import webdataset as wds
-from rich.progress import track
 
-from ..command_line import Parser, RunFailed, at_least, first_line, run
+from ..command_line import Parser, RunFailed, at_least, first_line, run, track
 from ..files import new_folder
 from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
 
@@ -114,7 +113,7 @@ def distinct_pictures(
     """
     seen: set[bytes] = set()
     with contextlib.closing(draw_in_processes(icons)) as drawing:
-        for icon, drawn in zip(icons, track(drawing, "drawing", total=len(icons)), strict=True):
+        for icon, drawn in zip(icons, track(drawing, "drawing", len(icons)), strict=True):
             if drawn.error or drawn.digest in seen:
                 left_out[drawn.error or "the same picture again"] += 1
                 continue
@@ -138,7 +137,7 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
         except BrokenProcessPool:
             is_broken = True
             if len(icons) == 1:
-                yield Drawn(error="crashes the renderer, or takes it for ever")
+                yield Drawn(error="crashes or hangs the renderer")
             else:
                 for icon in icons[done : done + CHUNK]:
                     yield from draw_in_processes([icon])

@@ -111,10 +111,10 @@ LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
 
 
 def find(roots: Sequence[Path]) -> dict[str, Opener]:
-    """The datasets in `roots`, by name. Prints which files and folders are not used.
+    """The datasets in `roots`, by name. Prints which files and folders are skipped.
 
-    roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
-    earlier one. Hidden files, and the manifest that `data.photos` writes, are not printed.
+    roots: datasets, or folders of datasets. A path is skipped if it is not a dataset or repeats an
+    earlier name. Hidden files, and the manifest that `data.photos` writes, are not printed.
     """
     found: dict[str, Opener] = {}
     for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
@@ -123,7 +123,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
             if known and known[0] not in found:
                 found[known[0]] = known[1]
             elif not re.match(r"\.|manifest\.json", path.name):
-                say(f"{path}: no dataset, or of the same name as another one")
+                say(f"{path}: skipped: not a dataset, or the name of an earlier one")
     return found
 
 

@@ -248,4 +248,4 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     os.utime(run / "checkpoints" / "epoch_2.pt")  # as if it had been trained on
     capsys.readouterr()
     assert again("--only x")[1] == [2]
-    assert "tiny: measured again, because its earlier results are of" in capsys.readouterr().err
+    assert "tiny: measuring again: earlier results came from" in capsys.readouterr().err
