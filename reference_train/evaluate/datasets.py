@@ -90,11 +90,10 @@ class Dataset:
     classes: dict[str, Classes] = field(default_factory=dict)  # by task; the main task is ""
     captions: list[list[str]] | None = None  # for each image, one or more
     # The drawing style of each image, if the same concepts are drawn in several. A metric is then
-    # the mean over styles. Without a train split, the neighbours of an image come from the other
-    # styles. Without captions, class names are used as captions, too.
+    # the mean over styles. Without captions, class names are used as captions, too.
     groups: list[str] | None = None
     train: tuple[Images, dict[str, Tensor]] | None = None  # images, and their labels by task
-    # Styles that have metrics, but are not in means and not among neighbours.
+    # Styles that have metrics, but are not in means.
     excluded_groups: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
