@@ -71,8 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--step-rate",
         type=positive(float),
         metavar="R",
-        help="also print the losses' share of a training step: the pairs per second of one device, "
-        "which your trainer prints",
+        help="your trainer's pairs per second on one device; adds each loss's share of a training "
+        "step",
     )
 
     cached = add_command(

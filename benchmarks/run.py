@@ -169,7 +169,8 @@ def markdown(run: Run, found_versions: dict[str, str], summary: str) -> str:
         f"# {device_name(run.device)}, {run.date.isoformat(timespec='minutes')}",
         "**DRY RUN** on the CPU: its times mean nothing." if run.dry_run else "",
         f"`{command}`, {run.elapsed():.0f} seconds; {shown}.",
-        f"Load before the run: {run.load:.2f}; above a quarter of the cores, distrust times.",
+        f"Load before the run: {run.load:.2f}; do not trust the times if this exceeds a quarter of "
+        "the cores.",
         "benchmarks/README.md explains the columns.",
     ]
     parts += [f"## Summary\n\n{summary}"] if summary else []

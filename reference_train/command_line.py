@@ -1,4 +1,4 @@
-"""What all command lines share: one-line errors, exit codes, and types of arguments."""
+"""What all command lines share: one-line errors, exit codes, progress, and types of arguments."""
 
 import argparse
 import math
@@ -6,10 +6,12 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
+from rich import progress
 
 
 class RunFailed(Exception):
@@ -35,6 +37,19 @@ def first_line(error: object) -> str:
 def say(message: object) -> None:
     """Prints a one-line message to stderr. The command's output goes to stdout."""
     print(f"reference_train: {message}", file=sys.stderr)
+
+
+def track(items: Iterable[Any], text: str, total: int) -> Iterator[Any]:
+    """Yields the items. Shows a bar in a terminal, and else prints a line each minute."""
+    if sys.stdout.isatty():
+        yield from progress.track(items, text, total, transient=True)
+        return
+    printed = time.monotonic()
+    for count, item in enumerate(items):
+        if time.monotonic() >= printed + 60:
+            printed = time.monotonic()
+            print(f"{text}: {count:,} of {total:,}", flush=True)
+        yield item
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

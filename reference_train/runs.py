@@ -63,5 +63,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         # PyTorch raises many types of errors. Some messages advise loading with weights_only=False,
         # which would run code from the file.
-        why = f"{path} is cut short, or holds more than weights, and was not loaded"
+        why = f"{path} was not loaded: truncated, or contains more than tensors and plain data"
         raise UsageError(why) from error

@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow e
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from interpreter import speed_up
 from pool import Ranks
 from support import fill_fresh_memory_with_nan, forget_warnings, needs_triton, set_small_blocks
@@ -43,9 +43,12 @@ collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_s
 
 # By default Hypothesis draws the same examples in every run, so a test fails only if the code
 # changed. `inputs.py` says why they do not depend on which tests are collected. The workflow
-# "Nightly" draws others, with --hypothesis-profile=nightly.
+# "Nightly" draws others, with --hypothesis-profile=nightly. `faults.py` only asks whether a test
+# fails, so its profile does not shrink examples, which takes minutes.
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=30)
 settings.register_profile("nightly", deadline=None, max_examples=300, print_blob=True)
+fails_soon = (Phase.explicit, Phase.generate)
+settings.register_profile("faults", settings.get_profile("fast"), phases=fails_soon)
 settings.load_profile("fast")
 
 

@@ -95,7 +95,8 @@ def noticed(file: Path, source: str) -> bool:
     with tempfile.TemporaryDirectory() as folder, suppress(TimeoutExpired):
         project = shutil.copytree(ROOT, f"{folder}/project", symlinks=True, ignore=NOT_COPIED)
         (project / file).write_text(source)
-        command = [sys.executable, "-m", "pytest", "-qx", "-n", "2", *TESTS[file.parts[0]]]
+        command = [sys.executable, "-m", "pytest", "-qx", "-n", "2", "--hypothesis-profile=faults"]
+        command += TESTS[file.parts[0]]
         environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
         return call(command, cwd=project, env=environment, timeout=1200, stdout=DEVNULL) != 0
     return True

@@ -62,21 +62,14 @@ class Icon(NamedTuple):
     svg: str
 
 
-def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], list[Icon]]:
-    """Returns the sets that are used (prefix -> information), and their icons, shuffled.
-
-    Adds to `left_out` how many icons are left out, by reason.
-    """
-    sets: dict[str, Any] = {}
-    for prefix, info in read_json(archive, ["collections.json"])["collections.json"].items():
-        if reason := why_left_out(info):
-            left_out[f"sets: {reason}"] += info["total"]
-        else:
-            sets[prefix] = info
+def read_sets(archive: Path) -> tuple[dict[str, Any], list[Icon]]:
+    """Returns the sets that are used (prefix -> information), and their icons, shuffled."""
+    collections = read_json(archive, ["collections.json"])["collections.json"]
+    sets = {prefix: info for prefix, info in collections.items() if is_used(info)}
     content = read_json(archive, [f"json/{prefix}.json" for prefix in sets])
     icons: list[Icon] = []
     for prefix in sets:
-        icons += read_set(prefix, content.pop(f"json/{prefix}.json"), left_out)
+        icons += read_set(prefix, content.pop(f"json/{prefix}.json"))
     random.Random(SEED).shuffle(icons)
     return sets, icons
 
@@ -96,16 +89,11 @@ def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def why_left_out(info: dict[str, Any]) -> str | None:
-    """The reason why a whole set is left out; None if it is used."""
-    name, category = info["name"].lower(), (info.get("category") or "").lower()
-    if category == "logos" or "brands" in name:
-        return "logos"
-    if category == "emoji" or "emoji" in name:
-        return "emoji"
-    if "flag" in name:
-        return "flags"
-    return "non-commercial licence" if "-NC" in licence(info) else None
+def is_used(info: dict[str, Any]) -> bool:
+    """Whether a set is used: no logos, emoji, flags, and no non-commercial licence."""
+    category = (info.get("category") or "").lower()
+    is_of_logos_or_emoji = re.search("brands|emoji|flag", info["name"].lower())
+    return not (category in ("logos", "emoji") or is_of_logos_or_emoji or "-NC" in licence(info))
 
 
 def licence(info: dict[str, Any]) -> str:
@@ -113,7 +101,7 @@ def licence(info: dict[str, Any]) -> str:
     return info["license"].get("spdx") or info["license"]["title"]
 
 
-def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> Iterator[Icon]:
+def read_set(prefix: str, content: dict[str, Any]) -> Iterator[Icon]:
     """The icons of one set that are used. content: the set's JSON file."""
     categories = (content.get("categories") or {}).items()
     groups = {icon: group for group, icons in categories for icon in icons}
@@ -123,13 +111,12 @@ def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> It
         group = groups.get(key, "")
         name, style = split_name(key, styles)
         if group.lower() in DROPPED_GROUPS or name.startswith(("logo ", "brand ", "flag ")):
-            left_out["logos and flags in other sets"] += 1
-        elif icon.get("hidden") or not re.search("[a-z]{2}", name):
-            left_out["hidden, or a name without a word"] += 1
-        else:
-            group_words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
-            svg = square_svg({**inherited, **icon})
-            yield Icon(f"{prefix}__{key}", prefix, name, " ".join(style), group_words, svg)
+            continue
+        if icon.get("hidden") or not re.search("[a-z]{2}", name):
+            continue
+        group_words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
+        svg = square_svg({**inherited, **icon})
+        yield Icon(f"{prefix}__{key}", prefix, name, " ".join(style), group_words, svg)
 
 
 def square_svg(icon: dict[str, Any]) -> str:
@@ -191,23 +178,25 @@ def caption(icon: Icon, set_title: str, rng: random.Random) -> str:
 
 
 class Drawn(NamedTuple):
-    """An icon's picture, or the reason why there is none."""
+    """An icon's picture."""
 
-    png: bytes = b""
-    digest: bytes = b""  # a hash of the picture before it is coloured
-    error: str = ""
+    png: bytes
+    digest: bytes  # a hash of the picture before it is coloured
 
 
-def draw(icon: Icon) -> Drawn:
-    """Draws an icon. Its key is the seed of its colours, so every run draws the same picture."""
+def draw(icon: Icon) -> Drawn | None:
+    """Draws an icon. Its key is the seed of its colours, so every run draws the same picture.
+
+    None if the picture is blank, the SVG is not valid, or it refers to something outside itself.
+    """
     # The renderer would open local files that an icon refers to.
     if EXTERNAL_REFERENCE.search(icon.svg):
-        return Drawn(error="refers to something outside itself")
+        return None
     try:
         set_alarm(TIMEOUT)  # the renderer can't be interrupted, so the alarm ends the process
         image = render(icon.svg.replace("currentColor", "#000000"))
     except ValueError:  # some icons are not valid SVG
-        return Drawn(error="blank")
+        return None
     finally:
         set_alarm(0)
     rgba = np.asarray(image, dtype=np.float32) / 255
@@ -217,7 +206,7 @@ def draw(icon: Icon) -> Drawn:
     digest = hashlib.sha256((rgba * 15).round().astype(np.uint8).tobytes()).digest()
     picture = alpha * ink + (1 - alpha) * background
     if np.ptp(picture, axis=(0, 1)).max() < 0.1:
-        return Drawn(error="blank")
+        return None
     file = io.BytesIO()
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, "png", compress_level=3)
     return Drawn(file.getvalue(), digest)

@@ -5,7 +5,7 @@ It takes about eight minutes to draw the icons of npm's `@iconify/json` (104 MB)
   val-*.tar      shards of held-out icons, whose names no training shard has; their classes are in
                  classnames.txt, so that `evaluate --data` reads the folder
   sizes.json     the number of pairs in each shard, as OpenCLIP reads it
-  manifest.json  the icon sets, their authors and licences, and which icons are left out and why
+  manifest.json  the icon sets, their authors and licences
 """
 
 import contextlib
@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 import webdataset as wds
-from rich.progress import track
 
-from ..command_line import Parser, RunFailed, at_least, first_line, run
+from ..command_line import Parser, RunFailed, at_least, first_line, run, track
 from ..files import new_folder
 from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
 
@@ -65,8 +64,7 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
 
     limit: how many icons to draw, picked at random; None: all.
     """
-    left_out: Counter[str] = Counter()
-    sets, icons = read_sets(archive, left_out)
+    sets, icons = read_sets(archive)
     icons = icons[:limit]
     # Part -> name -> number of its pictures.
     names: dict[str, Counter[str]] = {part: Counter() for part in PICTURES_OF_A_NAME}
@@ -76,12 +74,11 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
     with (
         writer(str(out / "train-%05d.tar")) as train,
         writer(str(out / "val-%05d.tar")) as val,
-        contextlib.closing(distinct_pictures(icons, left_out)) as pictures,
+        contextlib.closing(distinct_pictures(icons)) as pictures,
     ):
         for icon, png in pictures:
             part = "val" if is_held_out(icon.name) else "train"
             if names[part][icon.name] >= PICTURES_OF_A_NAME[part]:
-                left_out[f"more pictures of a name ({part})"] += 1
                 continue
             names[part][icon.name] += 1
             text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
@@ -97,7 +94,6 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
     (out / "zeroshot_classification_templates.txt").write_text(PROMPTS)
     return {
         "pairs": {part: sum(names[part].values()) for part in names},
-        "left_out": dict(left_out.most_common()),
         "sets": {
             prefix: {"title": info["name"], "author": info["author"], "licence": licence(info)}
             for prefix, info in sets.items()
@@ -105,25 +101,18 @@ def build(archive: Path, out: Path, limit: int | None) -> dict[str, Any]:
     }
 
 
-def distinct_pictures(
-    icons: Sequence[Icon], left_out: Counter[str]
-) -> Generator[tuple[Icon, bytes], None, None]:
-    """Draws icons. Yields each icon and its PNG, unless an earlier icon has the same picture.
-
-    Adds to `left_out` how many icons are not yielded, by reason.
-    """
+def distinct_pictures(icons: Sequence[Icon]) -> Generator[tuple[Icon, bytes], None, None]:
+    """Draws icons. Yields each icon and its PNG, unless an earlier icon has the same picture."""
     seen: set[bytes] = set()
     with contextlib.closing(draw_in_processes(icons)) as drawing:
-        for icon, drawn in zip(icons, track(drawing, "drawing", total=len(icons)), strict=True):
-            if drawn.error or drawn.digest in seen:
-                left_out[drawn.error or "the same picture again"] += 1
-                continue
-            seen.add(drawn.digest)
-            yield icon, drawn.png
+        for icon, drawn in zip(icons, track(drawing, "drawing", len(icons)), strict=True):
+            if drawn and drawn.digest not in seen:
+                seen.add(drawn.digest)
+                yield icon, drawn.png
 
 
-def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
-    """Draws icons in their order, in a process for each core.
+def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn | None, None, None]:
+    """Draws icons in their order, in a process for each core. None: no picture.
 
     Some icons crash the renderer and end its process. Then the next `CHUNK` icons are drawn one by
     one, each in a process of its own, and the rest as before.
@@ -138,7 +127,7 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
         except BrokenProcessPool:
             is_broken = True
             if len(icons) == 1:
-                yield Drawn(error="crashes the renderer, or takes it for ever")
+                yield None
             else:
                 for icon in icons[done : done + CHUNK]:
                     yield from draw_in_processes([icon])

@@ -27,9 +27,8 @@ import pandas as pd
 import webdataset as wds
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
-from rich.progress import track
 
-from ..command_line import Parser, RunFailed, first_line, run
+from ..command_line import Parser, RunFailed, first_line, run, track
 from ..evaluate import paper
 from ..files import new_folder
 

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip_train.scheduler import cosine_lr
-from rich.progress import track
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from cyclip_loss import CyCLIPLoss, CySigLIPLoss
 
-from ..command_line import RunFailed
+from ..command_line import RunFailed, track
 from ..evaluate.checkpoints import DEMONSTRATION, Clip
 from ..files import atomic_write
 from ..losses import LOSSES, Loss
@@ -48,7 +47,7 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> fl
     began = time.monotonic()
 
     model.train()
-    for step in track(range(config.steps), config.name):
+    for step in track(range(config.steps), f"{config.name}, steps", config.steps):
         set_learning_rate(step)
         pixels, tokens = model_inputs(config, clip, data, step)
         total = compute_loss(clip, loss, loss_fn, pixels, tokens)

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..command_line import RunFailed, UsageError, say
+from ..command_line import RunFailed, UsageError, say, track
 from ..losses import LOSSES
 from ..runs import PARAMETERS, read_parameters, register_models
 from .datasets import Images
@@ -174,7 +173,7 @@ class Clip:
     precision: str = "fp32"  # or "amp" (float16) or "amp_bf16"
     batch_size: int = 256
     workers: int = 0
-    progress: str = ""  # the text of the progress bar; "": no bar is shown
+    progress: str = ""  # what is shown as progress; "": nothing
     # Of image and of text features of training pairs, (D,) each; None if there are no such pairs.
     means: tuple[Tensor, Tensor] | None = None
 
@@ -195,9 +194,9 @@ class Clip:
             pin_memory=self.device.type == "cuda",
             collate_fn=partial(read_batch, images, self.preprocess),
         )
-        description, hidden = f"{self.progress}, {split}", not self.progress
-        batches = track(loader, description, transient=True, disable=hidden)
-        return self._encode(self.model.encode_image, batches)
+        if self.progress:
+            loader = track(loader, f"{self.progress}, {split}, batches", len(loader))
+        return self._encode(self.model.encode_image, loader)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""

@@ -90,11 +90,10 @@ class Dataset:
     classes: dict[str, Classes] = field(default_factory=dict)  # by task; the main task is ""
     captions: list[list[str]] | None = None  # for each image, one or more
     # The drawing style of each image, if the same concepts are drawn in several. A metric is then
-    # the mean over styles. Without a train split, the neighbours of an image come from the other
-    # styles. Without captions, class names are used as captions, too.
+    # the mean over styles. Without captions, class names are used as captions, too.
     groups: list[str] | None = None
     train: tuple[Images, dict[str, Tensor]] | None = None  # images, and their labels by task
-    # Styles that have metrics, but are not in means and not among neighbours.
+    # Styles that have metrics, but are not in means.
     excluded_groups: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -111,10 +110,10 @@ LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
 
 
 def find(roots: Sequence[Path]) -> dict[str, Opener]:
-    """The datasets in `roots`, by name. Prints which files and folders are not used.
+    """The datasets in `roots`, by name. Prints which files and folders are skipped.
 
-    roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
-    earlier one. Hidden files, and the manifest that `data.photos` writes, are not printed.
+    roots: datasets, or folders of datasets. A path is skipped if it is not a dataset or repeats an
+    earlier name. Hidden files, and the manifest that `data.photos` writes, are not printed.
     """
     found: dict[str, Opener] = {}
     for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
@@ -123,7 +122,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
             if known and known[0] not in found:
                 found[known[0]] = known[1]
             elif not re.match(r"\.|manifest\.json", path.name):
-                say(f"{path}: no dataset, or of the same name as another one")
+                say(f"{path}: skipped: not a dataset, or the name of an earlier one")
     return found
 
 

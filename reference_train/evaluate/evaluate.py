@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
             title, source = checkpoint.title, checkpoint.source
             stored = result["checkpoints"].get(title, source)
             if not source.items() <= stored.items():
-                say(f"{title}: measured again, because its earlier results are of other weights")
+                say(f"{title}: measuring again: earlier results came from different weights")
                 result["results"].pop(title, None)
             done = result["results"].get(title, {})
             if missing := {name: data for name, data in datasets.items() if name not in done}:

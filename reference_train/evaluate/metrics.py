@@ -66,8 +66,6 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
     encoded, probe = encode(clip, data), Numbers()
     if data.train is not None:
         probe = use_train_split(clip, encoded, linear_probe and not data.groups)
-    elif data.groups and data.classes:
-        use_other_groups(encoded)
     groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}
     if data.groups:
         # The mean of each metric that all groups have.
@@ -156,23 +154,6 @@ def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> Numbers
     for task, label in labels.items():
         encoded.neighbour_labels[task] = label[gallery][neighbours]
     return probe
-
-
-def use_other_groups(encoded: Encoded) -> None:
-    """Adds the labels of neighbours: the nearest images in other groups that are not excluded."""
-    groups, excluded = encoded.group_indices, encoded.data.excluded_groups
-    galleries = {
-        group: torch.cat([x for other, x in groups.items() if other not in {group, *excluded}])
-        for group in groups
-    }
-    k = min(max(CONSISTENCY_NEIGHBOURS), *map(len, galleries.values()))
-    neighbours = encoded.image_features.new_empty(len(encoded.image_features), k).long()
-    for group, indices in groups.items():
-        gallery = galleries[group]
-        found = nearest(encoded.image_features[indices], encoded.image_features[gallery], k)
-        neighbours[indices] = gallery[found]
-    for task, classes in encoded.data.classes.items():
-        encoded.neighbour_labels[task] = classes.labels[neighbours]
 
 
 def numbers(encoded: Encoded, indices: Tensor) -> Numbers:

@@ -37,8 +37,8 @@ def start(
         result = read_evaluation(out)
         for name, wanted in settings.items():
             if (stored := result["settings"].get(name)) != wanted:
-                what = f"--out {out}: holds an evaluation with {name} = {stored}, not {wanted}"
-                raise UsageError(f"{what}: choose another --out")
+                what = f"--out {out}: was started with {name} = {stored}; this command asks for"
+                raise UsageError(f"{what} {wanted}. Choose another --out")
         return result | {"command": command}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -47,17 +47,18 @@ def test_stack_counts_as_spilled_only_if_it_is_accessed(instruction, stack, spil
     assert nvidia_registers(usage + sass) == (200, spilled)
 
 
-def compiled() -> tuple[set[str], list[str]]:
-    """The kernels of the variants in two precisions, and the faults of a `contrastive_grads`."""
+def compiled() -> tuple[set[str], set[str], list[str]]:
+    """Kernels and labels of the variants in two precisions; faults of a `contrastive_grads`."""
     variants = gate.variants("sm_90", "bfloat16")
     built = next(v for v in variants if v.name == "contrastive_grads")
-    names = {variant.name for variant in variants + gate.variants("sm_90", "float32 tf32")}
-    return names, gate.faults(built, gate.build(built))
+    faults = gate.faults(built, gate.build(built))
+    variants += gate.variants("sm_90", "float32 tf32")
+    return {v.name for v in variants}, {v.label for v in variants}, faults
 
 
 def test_the_gate_has_variants_of_every_kernel_and_compiles_one(uninterpreted) -> None:
     """`.ci/run` compiles all variants."""
-    names, faults = uninterpreted.submit(compiled).result()
+    names, labels, faults = uninterpreted.submit(compiled).result()
     assert faults == []
     shipped = {
         name
@@ -65,6 +66,7 @@ def test_the_gate_has_variants_of_every_kernel_and_compiles_one(uninterpreted) -
         for name in re.findall(r"^def (\w+)_kernel\(", file.read_text(), re.MULTILINE)
     }
     assert names == shipped
+    assert "elementwise_terms (loss only)" in labels  # without gradients
 
 
 CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, fuses=True)

@@ -1,10 +1,14 @@
 """`python -m benchmarks gpu`: the tests that it selects, and its measurements in a dry run."""
 
 import re
+from typing import Any
 
+import pytest
+import torch
 from processes import ROOT, run_python
 
 from benchmarks.gpu import suite
+from benchmarks.run import Run
 
 
 def test_every_test_that_the_suite_selects_exists() -> None:
@@ -12,6 +16,16 @@ def test_every_test_that_the_suite_selects_exists() -> None:
     for path, _, name in (word.partition("::") for word in chosen if word.startswith("tests/")):
         place = ROOT / path
         assert place.is_dir() or f"def {name}" in place.read_text()
+
+
+def test_the_suite_runs_the_chosen_tests(monkeypatch) -> None:
+    def start(command: list[str], **_: Any) -> None:
+        raise RuntimeError(*command)
+
+    monkeypatch.setattr(suite.subprocess, "Popen", start)
+    with pytest.raises(RuntimeError) as started:
+        suite.run_tests(suite.SLOW_TESTS, 1, Run(torch.device("cpu")))
+    assert started.value.args[-3:] == suite.SLOW_TESTS
 
 
 # `python -m benchmarks` with sizes for which the interpreter takes less time.

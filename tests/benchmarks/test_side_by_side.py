@@ -4,6 +4,7 @@ import csv
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,13 @@ def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
     if outcome == "ok":
         assert (row["ms"], row["pairs/s"]) == (3, pytest.approx(16 / 3e-3))
         assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
+
+
+def test_each_round_starts_with_another_loss() -> None:
+    ran: list[str] = []
+    steps = {name: partial(ran.append, name) for name in "abc"}
+    cost.measure.interleaved(steps, CPU, 0.0, 3)
+    assert "".join(ran) == "abcbcacab"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ GPUS = [
     # Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out.
     ((10, 0), "3.8.0", None),
     ((10, 3), "3.9.0", "sm_100"),
-    ((12, 0), "3.10.1", "sm_120"),
+    ((12, 0), "3.10.1+git1ab", "sm_120"),
     ((12, 1), "3.10.1", "sm_86"),
     ((12, 0), None, "sm_120"),
     ("gfx1100", "3.9.0", None),

@@ -3,12 +3,13 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reference_train import __main__ as cli
-from reference_train import files
-from reference_train.command_line import RunFailed, UsageError, run
+from reference_train import command_line, files
+from reference_train.command_line import RunFailed, UsageError, run, track
 from reference_train.demo import demo
 
 
@@ -75,3 +76,12 @@ def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypa
     hint = f"'x': pip install -r reference_train{folder}/requirements.txt"
     with pytest.raises(UsageError, match=hint):
         cli.main(argv)
+
+
+def test_long_work_prints_a_line_each_minute_without_a_terminal(monkeypatch, capsys) -> None:
+    seconds = 0
+    monkeypatch.setattr(command_line, "time", SimpleNamespace(monotonic=lambda: seconds))
+    for item in track(range(5), "work", 5):
+        assert item == seconds // 31
+        seconds += 31
+    assert capsys.readouterr().out == "work: 2 of 5\nwork: 4 of 5\n"

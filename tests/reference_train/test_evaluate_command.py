@@ -222,7 +222,9 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
         again()
     assert set(read_evaluation(tmp_path / "out")["results"]["tiny"]) == {"flickr8k"}
     assert measured == [2, 2, 24]
-    with pytest.raises(UsageError, match="linear_probe = False, not True: choose another --out"):
+    with pytest.raises(
+        UsageError, match="linear_probe = False; this command asks for True. Choose another"
+    ):
         again("--linear-probe")
     result, found = again()
     assert found == [2, 24]
@@ -248,4 +250,4 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     os.utime(run / "checkpoints" / "epoch_2.pt")  # as if it had been trained on
     capsys.readouterr()
     assert again("--only x")[1] == [2]
-    assert "tiny: measured again, because its earlier results are of" in capsys.readouterr().err
+    assert "tiny: measuring again: earlier results came from" in capsys.readouterr().err

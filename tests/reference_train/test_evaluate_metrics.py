@@ -115,21 +115,3 @@ def test_a_metric_that_a_style_or_a_task_lacks_is_left_out() -> None:
     tops = {name for name in found["numbers"] if "top" in name}
     assert tops == {"top1", "top3", "top5", "group_top1"}
     assert {"text_to_image_r1"} == {name for name in found["numbers"] if name.endswith("_r1")}
-
-
-def test_neighbours_come_from_other_styles_that_are_not_excluded() -> None:
-    styles = ["a", "b", "c", "line"] * 5
-    images = torch.nn.functional.normalize(torch.randn(20, 4), dim=-1)
-    encoded = SimpleNamespace(
-        data=SimpleNamespace(
-            excluded_groups={"line"}, classes={"": SimpleNamespace(labels=torch.arange(20))}
-        ),
-        image_features=images,
-        group_indices={name: torch.arange(i, 20, 4) for i, name in enumerate(styles[:4])},
-        neighbour_labels={},
-    )
-    metrics.use_other_groups(encoded)
-    for query, found in enumerate(encoded.neighbour_labels[""].tolist()):
-        allowed = [i for i in range(20) if styles[i] not in (styles[query], "line")]
-        expected = sorted(allowed, key=lambda i: -float(images[query] @ images[i]))
-        assert found == expected[:10]

@@ -5,13 +5,15 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 from miniature import write_tar
 
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data import icon_sets, icons
-from reference_train.data.samples import Sample, read_samples
+from reference_train.data.samples import Sample, decode, read_samples
 from reference_train.evaluate.datasets import find
 
 
@@ -90,25 +92,18 @@ def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
     return {s.key: s for s in pairs}
 
 
-def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(package, built) -> None:
+def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_from(
+    package, built
+) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
-    left_out = manifest["left_out"]
-    assert (
-        left_out.items()
-        >= {
-            "blank": 3,
-            "crashes the renderer, or takes it for ever": 2,
-            **{
-                f"sets: {kind}": 1 for kind in ("emoji", "logos", "flags", "non-commercial licence")
-            },
-            "refers to something outside itself": 1,
-            "the same picture again": 1,
-            "hidden, or a name without a word": 1,
-            "logos and flags in other sets": 1,
-        }.items()
-    )
-    drawn = sum(len(drawings) for _, drawings in SETS.values())
-    assert sum((*manifest["pairs"].values(), *left_out.values())) == drawn
+    assert [*manifest["sets"]] == ["plain", "other"]
+    drawn = {key.split("__")[1] for key in samples(built)}
+    for other in "again", "alarm-clock-16":  # of the same picture, and of the same name
+        assert ("alarm-clock-outline" in drawn) != (other in drawn)
+    assert drawn & DRAWINGS.keys() >= {"traffic-light", "red-box", "wide"}
+    left_out = {"nothing", "nothing-but-red", "broken", "crash", "endless", "file", "12", "brand-x"}
+    assert not drawn & left_out
+    assert sum(manifest["pairs"].values()) == len(samples(built))
     assert manifest["sha256"] == hashlib.sha256(package.read_bytes()).hexdigest()
     sizes = json.loads((built / "sizes.json").read_text())
     assert sizes == {path.name: len(samples(built, path.name)) for path in built.glob("*.tar")}
@@ -147,3 +142,17 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     assert found.items() <= samples(built).items()
     with pytest.raises(UsageError, match="already exists"):
         icons.main(f"--out {tmp_path}/some --limit 1".split())
+
+
+def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_own() -> None:
+    keys = map(str, range(100))
+    key = next(key for key in keys if icon_sets.colours(Random(key))[1].max() < 0.5)  # dark
+    red = np.array([1, 0, 0]), np.ones(3)
+    for drawing, expected in (
+        (square(10), icon_sets.colours(Random(key))),
+        (square(10, "#ff0000"), red),
+    ):
+        svg = icon_sets.square_svg(drawing)
+        picture = decode(icon_sets.draw(icon_sets.Icon(key, "", "", "", "", svg)).png, 64)
+        for place, colour in zip((20, 60), expected, strict=True):
+            assert picture[:, place, place].tolist() == (255 * colour).round().tolist()

@@ -177,7 +177,7 @@ def test_a_run_refuses_other_data_and_a_damaged_checkpoint(
         pretrain("--workers 0")
     shard.rename(data / "train-00003.tar")
     os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
-    with pytest.raises(UsageError, match=r"epoch_latest.pt is cut short, or holds more"):
+    with pytest.raises(UsageError, match=r"epoch_latest.pt was not loaded: truncated, or "):
         pretrain("--workers 0")
 
 
