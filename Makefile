@@ -12,7 +12,7 @@ lint:
 	$(PYTHON) -m mypy
 
 versions:
-	$(PYTHON) .ci/versions.py --output benchmarks/results/versions.md
+	$(PYTHON) -m nox -f .ci/noxfile.py -- benchmarks/results/versions.md
 
 bench:
 	$(PYTHON) -m benchmarks

@@ -29,6 +29,7 @@ N x N matrices, also for second derivatives; the tests compare everything with i
 CONFIG = ConfigDict(
     docstring_section_style="list",
     line_length=100,
+    inherited_members=False,
     members=["forward"],
     separate_signature=True,
     show_bases=False,

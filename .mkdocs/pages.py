@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 ON_SITE = (
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*.png"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*.png", "docs/*.svg"),
     *("benchmarks/README.md", "benchmarks/results/*.md", "benchmarks/results/*.png"),
     *("reference_train/README.md", "reference_train/emoji/README.md"),
     *("reference_train/results/**/*.md", "reference_train/results/**/*.png"),

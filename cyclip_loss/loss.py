@@ -1,4 +1,4 @@
-"""The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and the penalties alone.
+"""The modules: `CyCLIPLoss`; `ClipLoss`, in place of OpenCLIP's; and the penalties alone.
 
 A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across
 ranks, the gather of the columns runs while the Gram matrices are computed, and their all-reduce
@@ -29,9 +29,10 @@ class CyCLIPLoss(ContrastiveModule):
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N D): beyond
-    N = D the logits are computed in blocks of bounded size. (On a CPU, those of at most 2^24 logits
-    are kept, 64 MB.) The penalties cost O(N D^2).
+    `CyCLIPLoss()` is the paper's formula, and `CyCLIPLoss(0, 0)` CLIP's loss. Called with the
+    arguments of `open_clip.ClipLoss`. Memory is O(N D): beyond N = D the logits are computed in
+    blocks of bounded size. (On a CPU, those of at most 2^24 logits are kept, 64 MB.) The penalties
+    cost O(N D^2).
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
@@ -39,8 +40,8 @@ class CyCLIPLoss(ContrastiveModule):
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
             number of rows of the global batch. The penalties are then as strong at every N; with
-            128, as in the paper's experiments. 32 with `lambda_progress` is what we advise
-            (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
+            128, as in the paper's experiments. 32 with `lambda_progress` are the recommended
+            settings (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
         centered: compute the penalties on features less their mean over the global batch, one mean
             for each tower. Rows are not normalised again. Adding a vector to all images, or to all
             texts, then changes no penalty. Costs O(N D) memory, in float32 (docs/lambda.md).
@@ -195,6 +196,47 @@ class CyCLIPLoss(ContrastiveModule):
         return terms if output_dict else sum_of_terms(terms.values())
 
 
+class ClipLoss(CyCLIPLoss):
+    """CLIP's loss, in place of `open_clip.ClipLoss`: `CyCLIPLoss` with both lambdas 0.
+
+    The same constructor, also by position, the same call, value and gradients, in O(N D) memory.
+    Across ranks the gradients are those with `local_loss=True, gather_with_grad=True`, whatever the
+    flags, and the value is that of the global batch (docs/distributed.md). The methods `get_logits`
+    and `get_ground_truth` are not there, as nothing has N x N logits.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: OpenCLIP's, as in
+            `CyCLIPLoss`.
+        options: keywords of `CyCLIPLoss`: `same_ids`, `uneven`, `dist_impl`, `impl` and others.
+
+    >>> loss_fn = ClipLoss(local_loss=True, gather_with_grad=True)
+    >>> print(loss_fn(torch.eye(3), torch.eye(3), logit_scale=10.0))
+    tensor(9.0796e-05)
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            0,
+            0,
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+            use_horovod=use_horovod,
+            **options,
+        )
+
+
 @dataclass(eq=False, repr=False)
 class CyclicPenalty(Module):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or your own.
@@ -231,6 +273,10 @@ class CyclicPenalty(Module):
         terms = cyclic.terms(cyclic.start(batch, plan), plan, self)
         warn_of_mistakes(self, batch)
         return terms if output_dict else terms["cyclic_loss"]
+
+
+class UnsuitableLoss(TypeError):
+    """A loss can't be wrapped, or returned something that the penalties can't be added to."""
 
 
 class WithCyclicPenalty(CyclicPenalty):
@@ -278,7 +324,7 @@ class WithCyclicPenalty(CyclicPenalty):
         if isinstance(terms, dict):
             wrong = [name for name in terms if not str(name).endswith("_loss")]
             if wrong or set(cyclic.TERMS) & set(terms):
-                raise TypeError(self._not_terms(f"the keys {list(terms)}"))
+                raise UnsuitableLoss(self._not_terms(f"the keys {list(terms)}"))
         several = isinstance(terms, (dict, tuple))
         values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
         penalties: Any = super().forward(image_features, text_features, several)
@@ -293,7 +339,7 @@ class WithCyclicPenalty(CyclicPenalty):
             else:  # CoCaLoss returns an integer 0 for a term without weight
                 is_term = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_term:
-                raise TypeError(self._not_terms(got))
+                raise UnsuitableLoss(self._not_terms(got))
         if isinstance(terms, dict):
             return {**terms, **penalties}
         if several:
@@ -318,24 +364,24 @@ class WithCyclicPenalty(CyclicPenalty):
         features = self.features(*args, **kwargs)
         if not isinstance(features, (tuple, list)) or len(features) != 2:
             got = type(features).__name__
-            raise TypeError(f"features must return the image and the text features, got {got}")
+            raise UnsuitableLoss(f"features must return the image and the text features, got {got}")
         return features
 
 
 def _check_wrapped(loss: Any, features: Any) -> None:
-    """Raise TypeError unless `loss` can be wrapped and has the `features`."""
+    """Raise UnsuitableLoss unless `loss` can be wrapped and has the `features`."""
     if not isinstance(loss, nn.Module):
-        raise TypeError(f"loss must be a module, got {loss!r}")
+        raise UnsuitableLoss(f"loss must be a module, got {loss!r}")
     if hasattr(loss, "_orig_mod"):
-        raise TypeError("loss is compiled: wrap the original module, and compile the wrapper")
+        raise UnsuitableLoss("loss is compiled: wrap the original module, and compile the wrapper")
     if isinstance(loss, PenaltyOptions):
-        raise TypeError(f"{loss} has the cyclic penalties already: use it without a wrapper")
+        raise UnsuitableLoss(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
     is_two = isinstance(features, (tuple, list)) and len(features) == 2
     if not callable(features) and not (
         is_two and features[0] != features[1] and all(name in names for name in features)
     ):
-        raise TypeError(
+        raise UnsuitableLoss(
             f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
             "these names or a callable that returns the two from the call's arguments"
         )

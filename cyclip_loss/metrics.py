@@ -21,6 +21,7 @@ NAMES = (
     "text_to_image_accuracy",
     "inmodal_correlation",
     "crossmodal_correlation",
+    "modality_gap",
 )
 
 
@@ -33,7 +34,7 @@ def consistency_metrics(
     distributed: bool | None = None,
     centered: bool = False,
 ) -> dict[str, Tensor]:
-    """Nine numbers of N pairs, by name, as float32 scalars without gradient.
+    """Ten numbers of N pairs, by name, as float32 scalars without gradient.
 
         inmodal_gap             mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
         crossmodal_gap          mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
@@ -45,12 +46,14 @@ def consistency_metrics(
         text_to_image_accuracy  share of the rows i whose nearest image is I_i
         inmodal_correlation     Pearson's, over i != j, of I_i . I_j with T_i . T_j
         crossmodal_correlation  Pearson's, over i != j, of I_i . T_j with I_j . T_i
+        modality_gap            |mean of I - mean of T|, also with `centered` of the given features
 
     The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N, so they are
     comparable between batch sizes. They are small, too, where all features are alike; correlations
     are not (representational similarity analysis, Kriegeskorte et al. 2008). Correlations are NaN
     if N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
-    Isola 2020, alpha = t = 2.
+    Isola 2020, alpha = t = 2. Modality gap: Liang et al. 2022. It grows with
+    penalties that are not `centered`.
 
     Args:
         image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast,
@@ -85,8 +88,9 @@ def consistency_metrics(
         pair = gathered.chunk(2, dim=1)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
+    image_mean, text_mean = images.mean(dim=0), texts.mean(dim=0)
     if boolean("centered", centered):
-        images, texts = images - images.mean(dim=0), texts - texts.mean(dim=0)
+        images, texts = images - image_mean, texts - text_mean
 
     crossmodal_mean = _mean_similarity(images, texts)
     inmodal_means = _mean_similarity(images, images), _mean_similarity(texts, texts)
@@ -99,7 +103,9 @@ def consistency_metrics(
     strips = torch.split(own_rows, height)
     sums = torch.stack([_sums_of_rows(images, texts, rows, means) for rows in strips]).sum(dim=0)
     sums = collectives.all_reduce(sums, "sum", ranks)
-    return dict(zip(NAMES, _metrics(sums, images, texts).float(), strict=True))
+    modality_gap = torch.linalg.vector_norm(image_mean - text_mean)
+    metrics = [*_metrics(sums, images, texts), modality_gap]
+    return {name: value.float() for name, value in zip(NAMES, metrics, strict=True)}
 
 
 def _mean_similarity(x: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ def _sums_of_rows(images: Tensor, texts: Tensor, rows: Tensor, means: tuple[Tens
 
 
 def _metrics(sums: Tensor, images: Tensor, texts: Tensor) -> Tensor:
-    """The metrics in the order of `NAMES`, from sums over all rows."""
+    """The metrics in the order of `NAMES`, but the last, from sums over all rows."""
     n = images.shape[0]
     pairs = n * (n - 1)
     means = sums[:7] / sums.new_tensor([n * n, n * n, n, pairs, pairs, n, n])

@@ -2,16 +2,18 @@
 
 Takes all of `open_clip_train`'s flags and a few of its own, and trains with whichever version of
 OpenCLIP is installed. CLIP trains with `CyCLIPLoss`, SigLIP with `CySigLIPLoss`, and other models
-with their own loss plus the penalties. OpenCLIP's versions create their loss in different places. A
-rank stops after its first optimizer step if our loss was not called: it would train without the
-penalties.
+with their own loss plus the penalties. `--loss` names any other loss. OpenCLIP's versions create
+their loss in different places. A rank stops after its first optimizer step if our loss was not
+called: it would train without the penalties.
 
 A new flag is added in `parse` or, for the penalties, in `penalty_options`, and used in `_Swap`. If
 a resumed pretraining may have another value, `reference_train/pretrain/resume.py` lists it.
 """
 
 import argparse
+import inspect
 import io
+import json
 import logging
 import re
 import sys
@@ -20,6 +22,7 @@ from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
@@ -29,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
-from cyclip_loss.loss import CyCLIPLoss, WithCyclicPenalty
+from cyclip_loss.loss import CyCLIPLoss, UnsuitableLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, SIGLIP_DIST_IMPLS, PenaltyOptions
 from cyclip_loss.siglip import CySigLIPLoss
 from cyclip_loss.usage_warnings import ADVISED_BATCH_SIZE, LARGEST_CONSTANT, PAPER_LAMBDA
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             if trainer.main(theirs):  # -1 after an error, which it has logged
                 raise SystemExit(1)
+        except UnsuitableLoss as error:
+            raise SystemExit(f"cyclip_loss: {error}") from error
         except ValueError as error:
             if "device_ids" not in str(error):
                 raise
@@ -83,13 +88,29 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add(
+        "--loss",
+        type=loss_path,
+        metavar="MODULE:NAME",
+        help="train with this class or function: it takes image_features, text_features, "
+        "logit_scale and what else the model returns, and returns a number, or a dict of terms "
+        "whose keys end in _loss",
+    )
+    add(
+        "--loss-arguments",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="keyword arguments of --loss, such as '{\"margin\": 0.1}'",
+    )
     for penalty in ("inmodal", "crossmodal"):
         add(
             f"--lambda-{penalty}",
             type=float,
             default=argparse.SUPPRESS,  # `_Swap.parse_args` sets it: OpenCLIP parses --siglip
             metavar="X",
-            help=f"weight of the {penalty} penalty (default: {PAPER_LAMBDA}; with --siglip: 0)",
+            help=f"weight of the {penalty} penalty "
+            f"(default: {PAPER_LAMBDA}; with --siglip or --loss: 0)",
         )
     add(
         "--lambda-warmup",
@@ -140,8 +161,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="a model configuration of OpenCLIP's, FILE.json, for --model FILE",
     )
     ours, theirs = parser.parse_known_args(argv)
-    if ours.lambda_progress is True and (ours.lambda_warmup or "--siglip" in theirs):
-        parser.error("--lambda-progress excludes --lambda-warmup and --siglip")
+    if ours.lambda_progress is True and (ours.lambda_warmup or ours.loss or "--siglip" in theirs):
+        parser.error("--lambda-progress excludes --lambda-warmup, --loss and --siglip")
     ours.lambda_progress = ours.lambda_progress and not ours.lambda_warmup
     if {"-h", "--help"} & set(theirs):
         parser.print_help()
@@ -174,6 +195,15 @@ def steps_or_share(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
 
+def loss_path(text: str) -> str:
+    """An argument's type: MODULE:NAME, which can be imported."""
+    try:
+        resolve_name(text)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be MODULE:NAME, not {text}: {error}") from error
+    return text
+
+
 def model_config(file: str) -> str:
     """An argument's type: a model configuration, which OpenCLIP then knows by the file's stem."""
     open_clip = import_module("open_clip")
@@ -181,6 +211,38 @@ def model_config(file: str) -> str:
     if Path(file).stem not in open_clip.list_models():
         raise argparse.ArgumentTypeError(f"must be the JSON file of a model, not {file}")
     return file
+
+
+class ChosenLoss(nn.Module):
+    """The loss of `--loss`, with the arguments and the result of OpenCLIP's losses.
+
+    path: MODULE:NAME of a class or a function. arguments: its keyword arguments, which a function
+    gets in each call. Raises UnsuitableLoss, also when it is called.
+    """
+
+    def __init__(self, path: str, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        chosen = resolve_name(path)
+        is_class = isinstance(chosen, type)
+        try:
+            self.loss = chosen(**arguments) if is_class else partial(chosen, **arguments)
+        except TypeError as error:
+            raise UnsuitableLoss(f"--loss-arguments: {error}") from error
+        if list(self.parameters()):
+            raise UnsuitableLoss("--loss has parameters, which OpenCLIP would not train")
+
+    def forward(
+        self, image_features: Any, text_features: Any, output_dict: bool = False, **others: Any
+    ) -> Any:
+        """The terms of the loss. others: what else the model returns."""
+        others |= {"image_features": image_features, "text_features": text_features}
+        try:
+            # A module's __call__ takes anything.
+            inspect.signature(getattr(self.loss, "forward", self.loss)).bind(**others)
+        except (TypeError, ValueError) as error:  # ValueError: a function lacks an argument
+            raise UnsuitableLoss(f"--loss is called with {list(others)}: {error}") from error
+        loss = self.loss(**others)
+        return loss if isinstance(loss, dict) else {"contrastive_loss": loss}
 
 
 class _Swap:
@@ -212,7 +274,7 @@ class _Swap:
         for problem, found in problems.items():
             if found:
                 raise SystemExit(f"cyclip_loss: {problem}")
-        weight = 0.0 if parsed.siglip else PAPER_LAMBDA
+        weight = 0.0 if parsed.siglip or self.options.loss else PAPER_LAMBDA
         self.penalty_options = penalty_options(self.options, weight)
         ours = self.penalty_options | vars(self.options)
         self.args = argparse.Namespace(**{**vars(parsed), **ours})
@@ -244,6 +306,10 @@ class _Swap:
     def create_loss(self, make: Function, *args: Any, **kwargs: Any) -> Any:
         """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
+        their_name = type(theirs).__name__
+        if self.options.loss:
+            chosen = ChosenLoss(self.options.loss, self.options.loss_arguments)
+            theirs = chosen.to(self.args.device)
         # The exact type, as CoCa's and distillation's losses are subclasses.
         ours: Any = {"ClipLoss": CyCLIPLoss, "SigLipLoss": CySigLIPLoss}.get(type(theirs).__name__)
         if ours:
@@ -258,12 +324,9 @@ class _Swap:
                 "cyclip_loss: --same-captions and --dist-impl need CLIP's or SigLIP's loss"
             )
         else:
-            try:
-                self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
-            except TypeError as error:
-                raise SystemExit(f"cyclip_loss: cannot add the penalties: {error}") from error
+            self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
-        logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
+        logging.info("Loss: %s instead of %s", self.loss, their_name)
         # The pairs of one call.
         total = self.args.batch_size * self.args.accum_freq * self.args.world_size
         grows = self.options.lambda_warmup or getattr(self.loss, "lambda_progress", False)

@@ -37,9 +37,9 @@ class CySigLIPLoss(ContrastiveModule):
         loss = 1/N * sum_ij log(1 + exp(-y_ij l_ij))
                + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. A drop-in
-    for `open_clip.SigLipLoss`: call it with the same arguments. With both weights 0, the default,
-    it is SigLIP's loss. Beyond N = D no N x N matrix is built: forward computes the loss and
+    with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. Called with
+    the arguments of `open_clip.SigLipLoss`. With both weights 0, the default, it is SigLIP's loss.
+    Beyond N = D no N x N matrix is built: forward computes the loss and
     all gradients in one sweep (6 N^2 D flops), and backward multiplies them by the upstream
     gradient. If the loss is not differentiated after all, nothing but time is lost.
 
@@ -51,7 +51,7 @@ class CySigLIPLoss(ContrastiveModule):
             "shift" are the ring, and "reduce" is the gather.
         same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
             "positives" (y = 1).
-        cache_labels, rank, world_size, bidir, chunk_size: OpenCLIP's arguments, kept as attributes
+        cache_labels, rank, world_size, chunk_size: OpenCLIP's arguments, kept as attributes
             without effect. A call raises if rank or world_size differ from the process group's,
             except from 0 and 1.
         reference_batch_size, centered, process_group, distributed, uneven, impl: as in
@@ -72,8 +72,7 @@ class CySigLIPLoss(ContrastiveModule):
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
-    bidir: bool = option(True, options.boolean, same_on_all_ranks=False)
-    chunk_size: int | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
+    chunk_size: int = option(0, options.integer, same_on_all_ranks=False)
 
     def forward(
         self,
@@ -121,6 +120,37 @@ class CySigLIPLoss(ContrastiveModule):
         terms |= cyclic.terms(grams, plan, self)
         warn_of_mistakes(self, batch)
         return terms if output_dict else sum_of_terms(terms.values())
+
+
+class SigLipLoss(CySigLIPLoss):
+    """SigLIP's loss, in place of `open_clip.loss.SigLipLoss`: `CySigLIPLoss` without penalties.
+
+    The same constructor, also by position, the same call and gradients. Across ranks the value is
+    that of the global batch. The methods `get_logits` and `get_ground_truth` are not there.
+
+    Args:
+        cache_labels, rank, world_size, dist_impl, chunk_size: OpenCLIP's, as in `CySigLIPLoss`.
+            `dist_impl=None` is OpenCLIP's default, "bidir": here the ring.
+        options: keywords of `CySigLIPLoss`: `same_ids`, `uneven`, `impl` and others.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+            dist_impl=dist_impl or "bidir",
+            chunk_size=chunk_size,
+            **options,
+        )
 
 
 def elementwise_loss(

@@ -9,6 +9,7 @@ library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -135,9 +136,8 @@ class Competitor:
 
 def users_loss(path: str) -> Competitor:
     """The user's loss, MODULE:NAME: a module whose constructor needs no argument, or a function."""
-    module, _, name = path.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        found = resolve_name(path)
     except (AttributeError, ImportError, ValueError) as error:
         raise SystemExit(f"--loss {path}: not MODULE:NAME that can be imported: {error}") from error
     make = found if isinstance(found, type) else lambda: found

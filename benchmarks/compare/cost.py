@@ -1,4 +1,4 @@
-"""The cost of a loss: time of the forward and backward pass, peak memory, and bytes sent."""
+"""The cost of a loss: time of the forward and backward pass, and peak memory."""
 
 from collections.abc import Callable
 from itertools import product
@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.compare import ranks
 from benchmarks.compare.accuracy import identify
-from benchmarks.compare.competitors import EXTRA_TEXTS, OTHER, PENALTIES, SIGLIP, Competitor
+from benchmarks.compare.competitors import Competitor
 from benchmarks.compare.plan import DTYPES, LOGIT_SCALE, Plan
 from benchmarks.run import Row, Run, describe
 
@@ -79,7 +79,7 @@ def measure_in_turn(
                 step()  # it compiles and allocates
             row["peak MB"] = ranks.largest(measure.allocated_peak(run.device, step)) / 1e6
             if ranks.size() > 1:
-                row |= {"ranks": ranks.size(), "sent MB": ranks.sent_bytes(step) / 1e6}
+                row["ranks"] = ranks.size()
             steps[competitor.name] = step
         rows[competitor.name] = row
     min_rounds = plan.min_rounds if is_timed_often else 1
@@ -90,19 +90,8 @@ def measure_in_turn(
 
 
 def add_rates(row: Row, step_rate: float | None) -> None:
-    """Add the pairs per second, the share of a step, and TFLOP/s.
-
-    A softmax loss that keeps no N x N matrix needs 8 N^2 D flops, SigLIP's 6, and both need twice
-    as many with N extra texts. These flops are counted also for dense autograd, which needs only
-    6 N^2 D. The penalties alone have no such products, so their rows have no TFLOP/s.
-    """
-    if "ms" not in row:
-        return
-    seconds = 1e-3 * row["ms"]
-    row["pairs/s"] = row["N"] / seconds
-    if step_rate:
-        row["share of a step"] = step_rate * ranks.size() / row["pairs/s"]
-    computes = row.get("computes", OTHER)
-    if computes not in (PENALTIES, OTHER):
-        products = 6 if computes.startswith(SIGLIP) else 16 if computes == EXTRA_TEXTS else 8
-        row["TFLOP/s"] = 1e-12 * products * row["N"] ** 2 * row["D"] / seconds
+    """Add the pairs per second and the share of a step."""
+    if "ms" in row:
+        row["pairs/s"] = 1e3 * row["N"] / row["ms"]
+        if step_rate:
+            row["share of a step"] = step_rate * ranks.size() / row["pairs/s"]

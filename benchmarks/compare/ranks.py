@@ -1,15 +1,13 @@
 """`torchrun --nproc-per-node 2 -m benchmarks`: a batch that is spread over ranks.
 
 Each rank has a GPU and NCCL, or else they share the CPU and use gloo. N is the number of pairs of
-all ranks. Times, memory, bytes and errors are those of the rank that has the most.
+all ranks. Times, memory and errors are those of the rank that has the most.
 """
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +16,6 @@ import torch.distributed as dist
 # alive after its destruction. Then gloo's threads may abort the process when it ends.
 import torch.distributed.nn.functional
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.compare.accuracy import exact_value_and_grads, relative_errors, value_and_grads
 from benchmarks.compare.competitors import (
@@ -33,38 +29,6 @@ from benchmarks.compare.competitors import (
 from cyclip_loss import CyCLIPLoss
 
 SIZES = (512, 2048, 8192)
-
-
-# How many times a rank sends what it contributes to a collective, in a ring, as nccl-tests counts:
-# patterns of the collective's name.
-SENT: dict[str, Callable[[int], float]] = {
-    "all_?gather": lambda ranks: ranks - 1,
-    "all_?reduce": lambda ranks: 2 * (ranks - 1) / ranks,
-    "scatter|all_?to_?all": lambda ranks: (ranks - 1) / ranks,
-    "send": lambda ranks: 1,
-    "recv|wait": lambda ranks: 0,
-}
-
-
-class _SentBytes(TorchDispatchMode):
-    count = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if "c10d" in func.namespace:
-            (times,) = (times for pattern, times in SENT.items() if re.search(pattern, name))
-            # c10d's own operators have their outputs first, unless they work in place.
-            has_outputs = func.namespace == "c10d" and not re.search("reduce_$|send|recv", name)
-            tensors = [x for x in tree_leaves(args[int(has_outputs)]) if isinstance(x, Tensor)]
-            self.count += times(size()) * sum(tensor.nbytes for tensor in tensors)
-        return func(*args, **(kwargs or {}))
-
-
-def sent_bytes(step: Callable[[], object]) -> float:
-    """How many bytes a rank sends in a step."""
-    with _SentBytes() as sent:
-        step()
-    return largest(sent.count)
 
 
 def join() -> torch.device:

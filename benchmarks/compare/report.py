@@ -26,7 +26,6 @@ SUMMARY = {
     # column of the rows: the table's title, and whether it shows ratios
     "ms": ("Forward and backward, ms", True),
     "peak MB": ("Peak memory, MB", True),
-    "sent MB": ("Sent by each rank, MB", False),
     "pairs/s": ("Pairs per second", False),
     "share of a step": ("Share of a step", False),
     "gradient": ("Relative error of the gradient", True),

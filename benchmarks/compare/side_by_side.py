@@ -1,8 +1,7 @@
 """`python -m benchmarks`: compares the loss with its alternatives on this machine.
 
-It measures time, memory and errors; with torchrun also the bytes that are sent. It uses the GPU if
-there is one, and the CPU otherwise. It prints a summary, and leaves a record: a page, a figure, and
-rows in `results.csv`.
+It measures time, memory and errors, on the GPU if there is one, and on the CPU otherwise. It prints
+a summary, and leaves a record: a page, a figure, and rows in `results.csv`.
 """
 
 import argparse

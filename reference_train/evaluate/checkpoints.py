@@ -145,13 +145,13 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """The loss, the seed and the commit of a run, for tables. What is not known is None.
 
-    The run's settings decide. The authors' checkpoints have none, but the loss as their title.
+    The run's settings decide: its `--loss`, or the penalties and OpenCLIP's flags. The authors'
+    checkpoints have no settings, but the loss as their title.
 
     parameters: the run's params.txt.
     """
-    loss = parameters.get("loss", title)
-    loss = loss if loss in LOSSES else None
-    if "lambda_inmodal" in parameters:
+    loss = parameters.get("loss") or (title if title in LOSSES else None)
+    if "lambda_inmodal" in parameters and not parameters.get("loss"):
         penalties = [parameters[f"lambda_{name}"] > 0 for name in ("inmodal", "crossmodal")]
         settings = (*penalties, *(bool(parameters.get(name)) for name in ("views", "siglip")))
         loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)

@@ -39,7 +39,6 @@ def numbers(
     """
     own_texts = texts[is_right.byte().argmax(dim=1)]  # one for each image
     found = gallery_numbers(images, texts, is_right, means)
-    found["modality_gap"] = (images.mean(dim=0) - own_texts.mean(dim=0)).norm().item()
     if captions is not None:
         x, y = (neighbours(z, z, torch.arange(len(z))) for z in (images, own_texts))
         is_shared = (x[:, :, None] == y[:, None, :]).any(dim=2)

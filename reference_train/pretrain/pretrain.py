@@ -27,7 +27,7 @@ from cyclip_loss import open_clip_train
 from ..command_line import Parser, RunFailed, UsageError, at_least, first_line, say
 from ..data.samples import fingerprint
 from ..files import locked
-from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
+from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT, Loss
 from ..runs import PARAMETERS, code_version, read_parameters, register_models
 from . import patches, shards, views
 from .presets import BATCH_SIZES, NO_AUGMENTATION, preset
@@ -115,7 +115,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
     losses = [name for name, loss in LOSSES.items() if not loss.views]
-    add("--loss", choices=losses, default="cyclip", help="default: cyclip")
+    text = f"{', '.join(losses)} (default: cyclip), or MODULE:NAME: cyclip_loss.open_clip_train"
+    add("--loss", default="cyclip", help=f"{text} says what the loss takes and returns")
     views.add_flag(parser)
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
     add(
@@ -135,6 +136,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--name", help="the run's folder in DIR; default: PRESET-LOSS[-views]-SEED")
     add("--dry-run", action="store_true", help="print and check the command, but do not run it")
     options, others = parser.parse_known_args(argv[:end])
+    if options.loss not in losses and ":" not in options.loss:
+        raise UsageError(f"--loss {options.loss}: take {', '.join(losses)} or MODULE:NAME")
     _, unknown = parse_with(open_clip_train.parse, others)
     if unknown:
         raise UsageError(f"{unknown[0]}: OpenCLIP's own flags go after --")
@@ -152,11 +155,14 @@ def launcher_command(
     if batch_size % world_size:
         what = f"--batch-size {batch_size}, of all ranks together,"
         raise UsageError(f"{what} is not divisible by {world_size} ranks")
-    loss = LOSSES[options.loss]
-    name = f"{options.preset}-{options.loss}{'-views' if options.views else ''}-{options.seed}"
+    loss, title = LOSSES.get(options.loss), options.loss.rpartition(":")[2]
+    name = f"{options.preset}-{title}{'-views' if options.views else ''}-{options.seed}"
     val = options.val or (options.data if Path(options.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(options.val)) if val else ""
     flags = [*preset(options.preset), "--dataset-type", "webdataset"]
+    if loss is None:
+        loss = Loss(title)
+        flags += ["--loss", options.loss]
     flags += ["--siglip", "--reference-batch-size", "128"] if loss.siglip else []
     weight = SIGLIP_PENALTY_WEIGHT if loss.siglip else PENALTY_WEIGHT
     flags += ["--lambda-inmodal", str(weight * loss.inmodal)]

@@ -43,8 +43,8 @@ def epochs_done(folder: Path, args: Namespace) -> int:
     if latest is None:
         return 0
     done = 0 if latest.is_dir() else int(load_checkpoint(latest)["epoch"])
-    initial = read_parameters(folder / PARAMETERS)
-    initial.setdefault("views", None)  # the run may have been begun without `pretrain`
+    # The run may have been begun without `pretrain`, or before there was `--loss`.
+    initial = {"views": None, "loss": None, **read_parameters(folder / PARAMETERS)}
     if initial.get("epochs") == done and args.epochs > done:  # a finished run may get more epochs
         initial["epochs"] = args.epochs
     if name := first_difference(initial, vars(args)):

@@ -1,6 +1,8 @@
 """The losses in place of OpenCLIP's: same arguments, values and training, few imports."""
 
+import inspect
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,39 +12,63 @@ from inputs import Case
 from processes import run_python
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, CySigLIPLoss
+from cyclip_loss import ClipLoss, CyCLIPLoss, CySigLIPLoss, SigLipLoss
 
 open_clip = pytest.importorskip("open_clip")
 
+THEIRS = {"ClipLoss": open_clip.ClipLoss, "SigLipLoss": open_clip.loss.SigLipLoss}
 # The keywords with which OpenCLIP's `create_loss` calls ClipLoss.
-OPENCLIP_KEYWORDS = {"local_loss": True, "gather_with_grad": True, "cache_labels": True}
-OPENCLIP_KEYWORDS |= {"rank": 0, "world_size": 1, "use_horovod": False}
+FLAGS = {"local_loss": True, "gather_with_grad": True, "cache_labels": True, "use_horovod": False}
 
 
-@pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS], ids=str)
-def test_without_penalties_it_is_clip_loss(given: dict, device) -> None:
-    ours, theirs = CyCLIPLoss(0, 0, **given), open_clip.ClipLoss(**given)
-    inputs = Case(20, 6, torch.float64).inputs(device)
-    torch.testing.assert_close(results(ours, *inputs), results(theirs, *inputs))
-    terms = ours(*inputs, output_dict=True)
-    expected = theirs(*inputs, output_dict=True)["contrastive_loss"]
+def parameters(loss_class: type) -> list[tuple[str, Any]]:
+    """The names and defaults of a constructor's arguments, in order."""
+    given = inspect.signature(loss_class).parameters.values()
+    return [(parameter.name, parameter.default) for parameter in given]
+
+
+@pytest.mark.parametrize("ours", [ClipLoss, SigLipLoss])
+def test_the_constructor_takes_open_clips_arguments_by_position(ours: type) -> None:
+    expected = parameters(THEIRS[ours.__name__])
+    assert parameters(ours)[: len(expected)] == expected
+
+
+FLAGS_BY_POSITION = (True, True, True, 0, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (CyCLIPLoss(0, 0), open_clip.ClipLoss()),
+        (CyCLIPLoss(0, 0, **FLAGS), open_clip.ClipLoss(**FLAGS)),
+        (ClipLoss(*FLAGS_BY_POSITION), open_clip.ClipLoss(*FLAGS_BY_POSITION)),
+        (ClipLoss(impl="eager", uneven=True), open_clip.ClipLoss()),
+        (CySigLIPLoss(), THEIRS["SigLipLoss"]()),
+        (SigLipLoss(True, 0, 1, "shift"), THEIRS["SigLipLoss"](True, 0, 1, "shift")),
+    ],
+    ids=str,
+)
+def test_without_penalties_it_is_open_clips_loss(ours, theirs, device) -> None:
+    inputs = Case(40, 8, torch.float64).inputs(device)
+    for bias in (-10.0, 1.0):
+        # `open_clip.ClipLoss` of 3.3 adds a tensor only.
+        shift = {"logit_bias": torch.tensor(bias, dtype=torch.float64, device=device)}
+        found, expected = (results(partial(loss, **shift), *inputs) for loss in (ours, theirs))
+        torch.testing.assert_close(found, expected)
+    terms = ours(*inputs, **shift, output_dict=True)
+    expected = theirs(*inputs, **shift, output_dict=True)["contrastive_loss"]
     torch.testing.assert_close(sum(terms.values()), expected)
-    for name in OPENCLIP_KEYWORDS:
-        assert getattr(ours, name) == getattr(theirs, name), name
+    for name, _ in parameters(type(theirs)):
+        assert name == "dist_impl" or getattr(ours, name) == getattr(theirs, name), name
     ours.load_state_dict(theirs.state_dict())  # both have none
 
 
-def test_without_penalties_it_is_siglip_loss(device) -> None:
-    inputs = Case(40, 8, torch.float64).inputs(device)
-    ours, theirs = CySigLIPLoss(), open_clip.loss.SigLipLoss()
-    for bias in (-10.0, 1.0):
-        found, expected = (
-            results(partial(loss, logit_bias=bias), *inputs) for loss in (ours, theirs)
-        )
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("loss_class", [CySigLIPLoss, SigLipLoss])
+def test_siglips_loss_takes_open_clips_exchanges_and_chunks(loss_class: type) -> None:
     names = {None: "ring", "bidir": "ring", "shift": "ring", "reduce": "gather"}
     for theirs, ours in names.items():
-        assert CySigLIPLoss(dist_impl=theirs).dist_impl == ours
+        assert loss_class(dist_impl=theirs).dist_impl == ours
+    assert loss_class(chunk_size=0).chunk_size == 0  # the main branch's default
 
 
 def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device) -> None:

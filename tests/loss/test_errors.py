@@ -133,7 +133,6 @@ BAD_OPTIONS: dict[type[Exception], list[tuple[list[Any], str, Any]]] = {
         (EVERY, "distributed", "no"),
         (LOSS, "uneven", 1),
         (LOSS, "rank", 1.0),
-        (SIGLIP, "bidir", 1),
     ],
 }
 

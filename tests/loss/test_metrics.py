@@ -44,6 +44,7 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
         "text_to_image_accuracy": accuracy(cross.T),
         "inmodal_correlation": correlation(images, texts),
         "crossmodal_correlation": correlation(cross, cross.T),
+        "modality_gap": (image.mean(dim=0) - text.mean(dim=0)).norm(),
     }
     return {name: float(value) for name, value in found.items()}
 
@@ -60,9 +61,10 @@ def test_metrics_equal_their_dense_definitions(case: Case, device) -> None:
     image, text = (given[name] for name in FEATURES)
     with strips_of(case.strip_rows), torch.autocast(device.type, torch.bfloat16):
         metrics = consistency_metrics(image, text, centered=case.centered)
+    modality_gap = dense_metrics(image, text)["modality_gap"]
     if case.centered:
         image, text = (x.double() - x.double().mean(dim=0) for x in (image, text))
-    expected = dense_metrics(image, text)
+    expected = dense_metrics(image, text) | {"modality_gap": modality_gap}
     assert list(metrics) == list(expected)
     for name, value in metrics.items():
         assert (value.ndim, value.dtype) == (0, torch.float32)

@@ -20,7 +20,7 @@ from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_wa
 
 Call = dict[str, Any]  # the options of a rank's `Case`, and these of the function under test:
 NO_EFFECT = (
-    "bidir", "cache_labels", "chunk_size", "gather_with_grad", "impl", "local_loss", "world_size",
+    "cache_labels", "chunk_size", "gather_with_grad", "impl", "local_loss", "world_size",
 )  # fmt: skip
 ACROSS_RANKS = ("dist_impl", "uneven", "inmodal_contrastive_weight", *NO_EFFECT)
 
@@ -105,7 +105,7 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
 def test_options_without_effect_may_differ(ranks) -> None:
     flags = {"cache_labels": True, "world_size": 2, "impl": "eager"}
     clip = {"local_loss": True, "gather_with_grad": True, **flags}
-    siglip = SIGLIP | {"bidir": False, "chunk_size": 64, **flags}
+    siglip = SIGLIP | {"chunk_size": 64, **flags}
     assert run_steps(ranks, ({}, clip), (SIGLIP, siglip)) == [("right",) * 2] * 2
 
 

@@ -56,6 +56,8 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, mo
         ({"views": "own"}, "cyclip-views"),
         ({"lambda_inmodal": 0.0}, "c-cyclip"),
         ({"siglip": True}, "cysiglip"),
+        ({"loss": "module:Loss"}, "module:Loss"),
+        ({"loss": None}, "cyclip"),
     ],
 )
 def test_the_settings_of_a_run_decide_its_loss(changes: dict[str, Any], loss: str | None) -> None:

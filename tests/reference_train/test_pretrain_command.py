@@ -44,6 +44,9 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
         assert args.reference_batch_size == (32 if is_default else 128)
         assert args.lambda_progress == (preset != "paper")
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
+    chosen = dry_run('--loss math:dist --loss-arguments {"p":1}')
+    assert (chosen.loss, chosen.name) == ("math:dist", "modern-dist-0")
+    assert (chosen.loss_arguments, chosen.lambda_inmodal) == ({"p": 1}, 0)
     siglip = dry_run("--loss siglip")
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
@@ -85,6 +88,9 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--data data/sizes.json", r"sizes\.json: can't be read: [\w ]+$"),
         ("-- --model RN51", "--model RN51: OpenCLIP has no model of this name"),
         ("--data s3://b/{0..2}.tar", r"is not known .* add it after --, e\.g\. -- --train-num"),
+        ("--loss cyclp", "--loss cyclp: take clip, cyclip, .* or MODULE:NAME"),
+        ("--loss cyclip-views", "--loss cyclip-views: take clip, "),
+        ("--loss math:nothing", "argument --loss: must be MODULE:NAME, not math:nothing: module"),
         ("--batch-size 9", "hold 8 pairs and its batch is 9: take fewer --workers .now 4., a"),
         ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take"),
         ("--seed -1", "--seed: must be >= 0, not -1"),

@@ -62,6 +62,8 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
     assert settings.keys() - refused == settings.keys() & MAY_DIFFER.split()
     with pytest.raises(UsageError, match="begun with views = None, not own: choose another"):
         resume_run(ours="--views own")
+    with pytest.raises(UsageError, match="begun with loss = None, not math:dist: choose another"):
+        resume_run(ours="--loss math:dist", lambda_inmodal=0.0, lambda_crossmodal=0.0)
     with pytest.raises(UsageError, match="begun with opt = lion, not adamw: choose another"):
         resume_run(opt="lion")
 

@@ -1,6 +1,7 @@
-"""A pytest plugin that runs OpenCLIP's tests with CyCLIPLoss as ClipLoss.
+"""A pytest plugin that runs OpenCLIP's tests with our ClipLoss and SigLipLoss.
 
-OpenCLIP's main branch (4.x) has tests of its own for the loss. From a folder beside this checkout,
+OpenCLIP's main branch (4.x) has tests of its own. (`test_siglip_chunked_loss.py` calls a private
+method, and `test_loss.py` no loss.) From a folder beside this checkout,
 `cyclip-loss`, run them, and then the launcher on two processes, with `model/` for a folder with a
 small `open_clip_config.json`. (On a CPU, 4.x takes several processes with FSDP only.) The log must
 show three terms:
@@ -21,7 +22,8 @@ import open_clip
 import open_clip.factory
 import open_clip.loss
 
-from cyclip_loss import CyCLIPLoss
+import cyclip_loss
 
 for module in (open_clip, open_clip.factory, open_clip.loss):
-    module.ClipLoss = CyCLIPLoss
+    for name in ("ClipLoss", "SigLipLoss"):
+        setattr(module, name, getattr(cyclip_loss, name))

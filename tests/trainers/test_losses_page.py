@@ -25,7 +25,7 @@ TEACHER = ("teacher_images", "teacher_texts")
 CONSTANTS = ("weights", "image_queue", "text_queue", "log_weights", *TEACHER)
 FEATURES = ("image_features", "text_features", "hard_negatives", "other_captions")
 NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
-NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3}
+NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3, "margin": 0.02}
 BLOCKS = pages.blocks("docs/losses.md")
 
 
@@ -46,6 +46,11 @@ def make_data(n: int) -> dict[str, Tensor]:
         "text_features": text,
         "hard_negatives": random_features(2 * n, seed=1),
         "own_negatives": random_features(3 * n, seed=4).unflatten(0, (n, 3)),
+        "is_negative": torch.arange(3 * n).view(n, 3) % 5 < torch.arange(n)[:, None],  # or none
+        "image_tokens": random_features(3 * n, seed=11).unflatten(0, (n, 3)),
+        "image_mask": torch.ones(n, 3, dtype=torch.bool),
+        "text_tokens": random_features(4 * n, seed=12).unflatten(0, (n, 4)),
+        "text_mask": torch.arange(4) < 1 + torch.arange(n)[:, None] % 4,
         "audio_features": random_features(n, seed=5),
         "image_queue": random_features(3 * n, seed=6),
         "text_queue": random_features(3 * n, seed=7),
@@ -75,6 +80,12 @@ def run_block(
     names |= {"loss_fn": names["CyCLIPLoss"](0, 0), "widths": WIDTHS, "gather": lambda x: x}
     if torch.distributed.is_initialized():
         exec(block_with("class Gather"), names)
+    if "log_sum_exps(" in block:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        names["first"] = rank * len(names["image_features"])
+        exec(block_with("def log_sum_exps"), names)
+        names["log_sum_exps"] = partial(names["log_sum_exps"], block_size=7)
+        exec(block_with("def best_matches"), names)
     names |= {"num_negatives": n - 1, "num_samples": n, **NUMBERS}
     if "moving_average(" in block:
         exec(block_with("class MovingAverageLoss"), names)
@@ -147,7 +158,8 @@ def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
 def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     own = torch.einsum("nd,nkd->nk", data["image_features"], data["own_negatives"])
-    row_logits = torch.cat((logits, data["logit_scale"] * own), dim=1)
+    own = (data["logit_scale"] * own).masked_fill(~data["is_negative"], -torch.inf)
+    row_logits = torch.cat((logits, own), dim=1)
     columns = cross_entropy(logits.T, negatives)
     return (cross_entropy(row_logits, negatives) + columns).mean() / 2
 
@@ -274,6 +286,40 @@ def temperatures(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return cross_entropy(logits, negatives).mean()
 
 
+def margin(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    logits = logits_of(data)
+    limit = logits.diagonal()[:, None] + data["logit_scale"] * NUMBERS["margin"]
+    return cross_entropy(logits, negatives & (logits <= limit)).mean()
+
+
+def guide(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    similarities = data["teacher_images"] @ data["teacher_texts"].T
+    limit = similarities.diagonal()[:, None] - NUMBERS["margin"]
+    kept, logits = negatives & (similarities <= limit), logits_of(data)
+    return (cross_entropy(logits, kept) + cross_entropy(logits.T, kept.T)).mean() / 2
+
+
+def token_scores(data: dict[str, Tensor], queries: str, documents: str) -> Tensor:
+    """(N, N, tokens of a query): the largest similarity to a token of the document, or 0."""
+    both = data[f"{queries}_tokens"][:, None, :, None] * data[f"{documents}_tokens"][:, None]
+    largest = both.sum(-1).where(data[f"{documents}_mask"][:, None], -torch.inf).max(-1).values
+    return largest * data[f"{queries}_mask"][:, None]
+
+
+def maxsim(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    logits = data["logit_scale"] * token_scores(data, "text", "image").sum(2)
+    return both_ways(logits, negatives).mean()
+
+
+def filip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    loss = 0
+    for queries, documents in (("image", "text"), ("text", "image")):
+        counts = data[f"{queries}_mask"].sum(1)[:, None]
+        logits = data["logit_scale"] * token_scores(data, queries, documents).sum(2) / counts
+        loss += cross_entropy(logits, negatives).mean() / 2
+    return loss
+
+
 # A text that only this block of the page has -> its N x N form.
 DENSE: dict[str, Callable[..., Tensor]] = {
     "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
@@ -298,6 +344,10 @@ DENSE: dict[str, Callable[..., Tensor]] = {
     "loss = moving_average(": moving_average,
     "loss = torch.logsumexp(row, dim=0)": uniformity,
     "scaled = row_scales": temperatures,
+    "logits > pair + logit_scale * margin": margin,
+    "own - margin": guide,
+    "score, len(text_tokens)": maxsim,
+    "def filip": filip,
 }
 NEED_TWO_PAIRS = (decoupled, debiased, moving_average, uniformity)
 # Recipes that are written differently across ranks.
@@ -369,9 +419,14 @@ def test_every_recipe_of_the_page_is_compared() -> None:
     assert len(recipes("Ranks: yes")) == len(DENSE) - 1  # one is for one process
 
 
-def test_soft_targets_need_no_matrix() -> None:
-    """In float64, with too many logits to keep their exponentials. The N x N form keeps several."""
+@pytest.mark.parametrize(
+    ("marker", "n", "tokens"),
+    # The first has too many logits to keep their exponentials.
+    [("expected_partner(teacher_images", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
+)
+def test_soft_targets_and_maxsim_need_no_matrix(marker: str, n: int, tokens: int) -> None:
+    """In float64. The N x N forms keep several matrices, of similarities of tokens."""
     torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
-    n, block = 4224, block_with("expected_partner(teacher_images")
+    block = block_with(marker)
     step = partial(results, lambda data: run_block(block, data, n), make_data(n))
-    assert allocated_peak(torch.device("cpu"), step) < 8 * n * n
+    assert allocated_peak(torch.device("cpu"), step) < 8 * n * n * tokens

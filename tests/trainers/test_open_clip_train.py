@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from recipe_cases import TEXT, VISION
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.compare.competitors import dense_clip
 from cyclip_loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
 from reference_train.data.emoji import EMOJI_FOLDER
 
@@ -47,36 +49,93 @@ def train_on_rank(rank: int, world_size: int, arguments: list[str]) -> None:
         open_clip_train.main(arguments)
 
 
-def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path) -> None:
+def dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP's loss of this rank's pairs, without those of other ranks."""
+    return dense_clip(image_features, text_features, logit_scale)
+
+
+class LogQ(nn.Module):
+    """The recipe, with one weight for all columns: then it is CLIP's loss."""
+
+    def __init__(self, log_weight: float) -> None:
+        super().__init__()
+        self.register_buffer("log_weight", torch.tensor(log_weight))
+
+    def forward(self, image_features: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
+        names: dict[str, Any] = {**outputs, "image_features": image_features}
+        names["log_weights"] = self.log_weight.expand(len(image_features))
+        page = blocks("docs/losses.md")
+        exec(page[0] + next(block for block in page if "log_weights" in block), names)
+        if torch.distributed.is_initialized():
+            mean = names["loss"].detach().clone()
+            torch.distributed.all_reduce(mean)
+            clip = CyCLIPLoss(0, 0)(image_features, **outputs)
+            # bfloat16 rounds the features.
+            torch.testing.assert_close(mean / 2, clip, rtol=0.01, atol=0)
+        return {"one_loss": names["loss"] / 2, "another_loss": names["loss"] / 2}
+
+
+LOG_Q = ("--loss", f"{__name__}:LogQ", "--loss-arguments", '{"log_weight": 2.0}')
+DENSE = ("--loss", f"{__name__}:dense")
+INMODAL = ("--lambda-inmodal", "2", "--lambda-crossmodal", "0")
+CONSTANT = ("--no-lambda-progress",)
+
+
+@pytest.fixture(scope="module")
+def own_ranks() -> Iterator[Ranks]:
+    """Their own, because OpenCLIP changes how a process logs."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters", "terms"),
+    [
+        # In two steps CLIP's loss makes no progress, and the penalties would be 0. A warm-up takes
+        # its place.
+        (
+            ("--same-captions", "positives", "--lambda-warmup", "0.5", "--dist-impl", "ring"),
+            ("same_captions: positives", "lambda_inmodal: 0.25", "lambda_progress: False"),
+            TERMS,
+        ),
+        (
+            LOG_Q,
+            (
+                f"loss: {__name__}:LogQ",
+                "loss_arguments: {'log_weight': 2.0}",
+                "lambda_inmodal: 0.0",
+            ),
+            ("one_loss", "another_loss", *TERMS[1:]),
+        ),
+        ((*DENSE, *INMODAL), (f"loss: {__name__}:dense", "lambda_inmodal: 2.0"), TERMS),
+    ],
+)
+def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
+    flags: tuple[str, ...], parameters: tuple[str, ...], terms, own_ranks, tmp_path
+) -> None:
     """The recipes' command line, but with a tiny model and the emoji. The terms sum to the loss."""
     (command,) = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
     model = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     (tmp_path / "tiny.json").write_text(json.dumps(model))
-    # In two steps CLIP's loss makes no progress, and the penalties would be 0. A warm-up takes its
-    # place.
     small_run = f"""
         --model tiny --model-config {tmp_path}/tiny.json --dataset-type webdataset
         --train-data {EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz --train-num-samples 128 --batch-size 32
         --epochs 1 --workers 0 --log-every-n-steps 1 --warmup 1 --logs {tmp_path} --name run
-        --same-captions positives --lambda-warmup 0.5 --dist-impl ring
     """
-    ranks = Ranks()  # of its own, because OpenCLIP changes how a process logs
-    ranks.run(2, train_on_rank, [*from_page, *small_run.split()])
-    ranks.close()
+    own_ranks.run(2, train_on_rank, [*from_page, *small_run.split(), *flags])
     lines = (tmp_path / "run" / "out.log").read_text().splitlines()
     steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", x) for x in lines if "Train Epoch" in x]
     assert len(steps) == 2
     for step in steps:
-        terms = {name.lower(): float(value) for name, value in step}
-        loss = terms.pop("loss")
-        assert tuple(terms) == TERMS
-        assert sum(terms.values()) == pytest.approx(loss, rel=1e-3)
-        assert terms["inmodal_cyclic_loss"] > 0
-    parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
-    expected = {"same_captions: positives", "lambda_inmodal: 0.25", "lambda_progress: False"}
-    assert expected <= set(parameters)
+        found = {name.lower(): float(value) for name, value in step}
+        loss = found.pop("loss")
+        assert tuple(found) == terms
+        assert sum(found.values()) == pytest.approx(loss, rel=1e-3)
+        assert (found["inmodal_cyclic_loss"] > 0) == (flags != LOG_Q)
+    assert {*parameters} <= {*(tmp_path / "run" / "params.txt").read_text().splitlines()}
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
 
 
@@ -114,7 +173,8 @@ class Trainer(ModuleType):
     def __init__(self, theirs: Any, version: str = "3", **settings: Any) -> None:
         super().__init__("open_clip_train.main")
         flags = {"accum_freq": 1, "skip_scheduler": False, "failure": "", "calls": True}
-        flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1} | settings
+        flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
+        flags |= {"device": "cpu"} | settings
         parser = ArgumentParser()  # as OpenCLIP's, it takes abbreviations
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
@@ -164,7 +224,6 @@ class Other(ClipLoss):
 
 OF_32 = {"reference_batch_size": 32}
 PROGRESS = {**OF_32, "lambda_progress": True}
-CONSTANT = ("--no-lambda-progress",)
 RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
 SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
 
@@ -195,6 +254,33 @@ def test_a_loss_is_replaced_or_gets_the_penalties(
     assert trainer.argv == [x for x in given if x.startswith("--sig")] + ["--epochs", "3"]
 
 
+@pytest.mark.parametrize("version", ["3", "4"])
+@pytest.mark.parametrize(
+    ("given", "inmodal"), [(DENSE, 0), (LOG_Q, 0), ((*DENSE, *INMODAL), 2), ((*LOG_Q, *INMODAL), 2)]
+)
+def test_the_chosen_loss_is_trained_with_the_penalties_that_are_asked_for(
+    given, inmodal: float, version: str, monkeypatch
+) -> None:
+    trainer = launch(Trainer(SigLipLoss(), version), monkeypatch, *given)
+    terms = dict(trainer.terms[0])
+    expected = CyCLIPLoss(inmodal, 0, **OF_32)(**Model()(IMAGES), output_dict=True)
+    penalties = {name: terms.pop(name) for name in TERMS[1:]}
+    torch.testing.assert_close(sum(terms.values()), expected.pop("contrastive_loss"))
+    torch.testing.assert_close(penalties, expected)
+
+
+def values_of_pairs(image_features, text_features, logit_scale) -> Tensor:
+    return (image_features * text_features).sum(1)
+
+
+def without_scale(image_features, text_features) -> Tensor:
+    return (image_features * text_features).sum()
+
+
+def total(image_features, text_features, logit_scale) -> dict[str, Tensor]:
+    return {"total": image_features.sum()}
+
+
 CAPTIONS = "--same-captions"
 DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 
@@ -210,6 +296,13 @@ DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
         (Trainer(ClipLoss(), torchscript=True), (CAPTIONS, "ignored"), "and --torchscript"),
         (Trainer(DistillClipLoss()), RING, "--dist-impl need CLIP's or SigLIP's loss"),
         (Trainer(ClipLoss(), failure=DEVICES), (), "OpenCLIP 3 can't train with several"),
+        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:values_of_pairs"), "Tensor (6,)"),
+        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:total"), "the keys ['total']"),
+        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:without_scale"), "'logit_scale'"),
+        (Trainer(ClipLoss()), ("--loss", "torch.nn:Bilinear"), "--loss-arguments: "),
+        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:Model"), "has parameters"),
+        (Trainer(ClipLoss()), (*DENSE, *LOG_Q[2:]), "has incorrect arguments"),
+        (Trainer(ClipLoss()), (*DENSE, *RING), "--dist-impl need CLIP's or SigLIP's loss"),
     ],
 )
 def test_unsupported_runs_stop_with_one_line(
@@ -226,12 +319,20 @@ def test_unsupported_runs_stop_with_one_line(
 @pytest.mark.parametrize(
     ("flag", "wrong", "message"),
     [
+        (
+            "--loss",
+            "math:nothing",
+            "--loss: must be MODULE:NAME, not math:nothing: module 'math' has",
+        ),
+        ("--loss", "no.such:loss", "--loss: must be MODULE:NAME, not no.such:loss: No module"),
+        ("--loss-arguments", "{1", "--loss-arguments: invalid"),
+        ("--lambda-progress", "--loss=math:pi", "excludes --lambda-warmup, --loss and --siglip"),
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
-        ("--lambda-progress", "--lambda-warmup=2", "excludes --lambda-warmup and --siglip"),
-        ("--lambda-progress", "--siglip", "excludes --lambda-warmup and --siglip"),
+        ("--lambda-progress", "--lambda-warmup=2", "excludes --lambda-warmup, --loss and --siglip"),
+        ("--lambda-progress", "--siglip", "excludes --lambda-warmup, --loss and --siglip"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:

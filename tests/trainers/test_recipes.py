@@ -19,7 +19,7 @@ from pages import run
 from processes import run_python
 from recipe_cases import batch, captions, tiny_clip, tokenizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -84,6 +84,26 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
         loss = sum(terms.values())
     found = loss.detach(), names["model"].logit_scale.data
     torch.testing.assert_close(found, last_loss_and_scale())
+
+
+def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch) -> None:
+    """The two towers are so far apart that, with the means, images are the nearest of an image."""
+
+    class Towers(torch.nn.Module):
+        def forward(self, *pair: Tensor) -> dict[str, Tensor]:
+            return dict(zip(FEATURES, (normalize(x, dim=-1) for x in pair), strict=True))
+
+    monkeypatch.chdir(tmp_path)
+    concepts, shift = normalize(torch.randn(640, 16), dim=-1), 4 * torch.eye(16)[0]
+    pairs = (concepts + shift, concepts - shift)
+    loader, new_pairs = [[x[part] for x in pairs] for part in (slice(512), slice(512, 640))]
+    names = {"model": Towers(), "loader": [loader], "new_pairs": new_pairs}
+    found = run("One index for images and texts", **names)
+    assert torch.equal(found["nearest"][:, 0], (torch.arange(256) + 128) % 256)
+    as_they_are = torch.cat([*Towers()(*new_pairs).values()])
+    assert ((as_they_are @ as_they_are.T)[:128].topk(10).indices < 128).all()
+    means = torch.load("means.pt")
+    assert torch.equal(means["text"], Towers()(*loader)["text_features"].mean(dim=0))
 
 
 def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
@@ -208,17 +228,23 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
         for image, text in zip(images, tokens, strict=True)
     ]
     names = {"model": trained, "training_arguments": arguments, "dataset": samples}
-    trainer = run(heading, block, **names, loss_fn=CyCLIPLoss())["trainer"]
+    names = run(heading, block, **{**names, "loss_fn": CyCLIPLoss()})
+    trainer = names["trainer"]
     out = model(pixel_values=images, input_ids=tokens, return_loss=family == "Siglip")
     loss = out.loss
     if family == "CLIP":
-        loss = CyCLIPLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp())
+        loss = names["loss_fn"](out.image_embeds, out.text_embeds, model.logit_scale.exp())
     loss.backward()
     grads = parameters_to_vector([p.grad for p in model.parameters()])
     before, after = (parameters_to_vector(x.parameters()).detach() for x in (model, trained))
     atol = 1e-5 * float(grads.abs().max())
     torch.testing.assert_close(before - after, grads, rtol=0, atol=atol)
-    if heading != recipe_cases.LARGE_BATCH:
+    if heading == recipe_cases.LARGE_BATCH:
+        # Two steps would add up to twice the gradient of their mean.
+        arguments.gradient_accumulation_steps = 2
+        with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+            trainer.training_step(trained, {})
+    else:
         trainer.evaluate(samples)
         logged = set().union(*trainer.state.log_history)
         assert {"eval_loss", *(TERMS if family == "CLIP" else ())} <= logged
@@ -242,6 +268,20 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeyp
     ):
         expected = loss_fn(*columns[:2], 20.0, **options)
         torch.testing.assert_close(sum(loss(*arguments).values()), expected)
+
+
+def test_ms_swifts_loss_has_every_document_and_negative_as_a_column(monkeypatch) -> None:
+    """Two negatives of the first query, none of the second, one of the third. No trainer is run."""
+    monkeypatch.setitem(sys.modules, "swift", SimpleNamespace())
+    library = SimpleNamespace(BaseLoss=object, loss_map={})
+    monkeypatch.setitem(sys.modules, "swift.loss", library)
+    run("ms-swift")
+    features = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
+    labels = torch.tensor([1, 0, 0, 1, 1, 0])
+    loss = library.loss_map["streamed_infonce"]()({"last_hidden_state": features}, labels)
+    columns = features[[1, 2, 3, 5, 7, 8]]
+    logits = 10 * features[[0, 4, 6]] @ columns.T
+    torch.testing.assert_close(loss, cross_entropy(logits, torch.tensor([0, 3, 4])))
 
 
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:
