@@ -162,8 +162,6 @@ def contrastive_grads(
     products = _Products(logits, column_features, saved.unit, needs, grad_dtype)
     pair_gradient = saved.pair_gradient / saved.unit
     row_lse, column_lse = saved.row_lse[:, None], saved.column_lse
-    if len(features) == 0:  # on a rank without rows there is no maximum
-        shared = None
     if shared is not None:
         row_max = shared.row_max[:, None]
         top = row_max.max()

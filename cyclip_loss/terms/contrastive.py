@@ -289,7 +289,7 @@ def _backward(
     rank's.
     """
     contrastive_grads = engines.load(engine, logits.row_features).contrastive_grads
-    if shared.row_max.numel() > 0:
+    if shared.row_max.numel() > 0:  # they are shared, and this rank has rows
         contrastive_grads = partial(contrastive_grads, shared=shared)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
     float32_grads = ranks.size > 1 or logits.positives
