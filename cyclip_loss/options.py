@@ -2,9 +2,11 @@
 
 `cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
 here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
-`CyCLIPLoss`. Ranks compare all options in the first call with a signature. An option that decides
-which collectives run belongs in the signature of `inputs.agree`: then ranks compare again when it
-changes.
+`CyCLIPLoss`. Its tests: a field of `Case` in `tests/inputs.py`, with its formula in
+`tests/accuracy.py`; bad values in `tests/loss/test_errors.py`; and a row of `DIFFERING` in
+`tests/ranks/test_ranks_agreement.py`. Ranks compare all options in the first call with a signature.
+An option that decides which collectives run belongs in the signature of `inputs.agree`: then ranks
+compare again when it changes.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,8 @@
     loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
 
 The rows of the features have unit length. A new one needs a line in `COMPETITORS`. If it is a
-library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record.
+library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record; if that needs a GPU,
+`PEERS` in `tests/benchmarks/test_side_by_side.py` stands in for it.
 """
 
 from collections.abc import Callable, Sequence

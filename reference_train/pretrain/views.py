@@ -7,6 +7,10 @@ pairs, as (N, 2, ...) tensors.
 
 `python -m reference_train.pretrain.views --views -- FLAGS` runs `cyclip_loss.open_clip_train` with
 this option. `pretrain --views` adds presets and checks.
+
+Another way to draw second views is a choice in `add_flag`, used in `TwoViewsTransform` or
+`TwoViewsTokenizer`. The first views' augmentation is the preset's `--aug-cfg` (`presets.py`). The
+demonstration has its own in `demo/batches.py`.
 """
 
 import argparse

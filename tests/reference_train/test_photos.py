@@ -89,7 +89,7 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
         ("tiny-imagenet-new", "a photo of a goldfish, fish"),
     ):
         assert find([out])[name]().classes[""].names == [new_class]
-    assert "no dataset" not in capsys.readouterr().err
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_a_clone_without_the_commit_or_a_picture_is_refused(clones, tmp_path) -> None:
