@@ -164,7 +164,7 @@ def table(spec: str, page: str = "") -> str:
     """The table that a block of tables.txt describes, without its name. page: its whole text."""
     first, *columns = spec.splitlines()[1].split(" | ")
     titles = [column.rsplit(" = ", 1)[0] for column in columns]
-    rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
+    rows = [[first.removeprefix("^ "), *titles]]
     for title, values, baseline in compared_rows(spec, page):
         cells = [
             str(max(map(len, values.values())))
@@ -172,8 +172,11 @@ def table(spec: str, page: str = "") -> str:
             else cell(values[name], name, baseline.get(name, {}))
             for name in values
         ]
-        rows.append("| " + " | ".join([title, *cells]) + " |")
-    return "\n".join(rows)
+        rows.append([title, *cells])
+    if first.startswith("^"):
+        rows = [list(row) for row in zip(*rows, strict=True)]
+    heading, *lines = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([heading, "|---|" + "---:|" * (len(rows[0]) - 1), *lines])
 
 
 def with_tables(page: str) -> str:

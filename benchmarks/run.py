@@ -36,7 +36,7 @@ Row = dict[str, Any]  # a row of a table, by column
 # long the middle run and the runs at the 20th and 80th percentile took, memory, and errors.
 CSV_COLUMNS = (
     *("date", "commit", "device", "torch", "triton", "section", "N", "D", "dtype", "ranks"),
-    *("|T - I|", "loss", "computes", "outcome", "runs", "ms", "p20", "p80", "peak MB", "sent MB"),
+    *("|T - I|", "loss", "computes", "outcome", "runs", "ms", "p20", "p80", "peak MB"),
     *("value", "gradient", "logit-scale gradient"),
 )
 SEED = 0

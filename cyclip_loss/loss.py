@@ -40,11 +40,13 @@ class CyCLIPLoss(ContrastiveModule):
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
             number of rows of the global batch. The penalties are then as strong at every N; with
-            128, as in the paper's experiments. 32 with `lambda_progress` are the recommended
-            settings (docs/choosing.md). None: the paper's formula, whose penalties grow with N.
+            128, as in the paper's experiments. 32 with `lambda_progress` and `centered` are the
+            recommended settings (docs/choosing.md). None: the paper's formula, whose penalties grow
+            with N.
         centered: compute the penalties on features less their mean over the global batch, one mean
             for each tower. Rows are not normalised again. Adding a vector to all images, or to all
-            texts, then changes no penalty. Costs O(N D) memory, in float32 (docs/lambda.md).
+            texts, then changes no penalty, and the penalties move the two means less apart. Costs
+            O(N D) memory, in float32 (docs/lambda.md).
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.

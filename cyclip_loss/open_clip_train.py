@@ -137,7 +137,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add(
         "--centered",
         action=argparse.BooleanOptionalAction,
-        default=False,
+        default=True,
         help="compute the penalties on features less each tower's mean over the global batch",
     )
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")

@@ -30,7 +30,7 @@ fine_tune() { # NAME CONFIG CHECKPOINT SHARDS [FLAGS], with $seed
             --dataset-type webdataset --train-data "$shards" --batch-size 128 --epochs 10 \
             --precision fp32 --workers 1 --seed $seed --logs "$out/logs" \
             --name "$name-${setting%% *}-$seed" --save-frequency 0 --save-most-recent \
-            --no-lambda-progress --resume latest ${setting#* } "$@"
+            --no-lambda-progress --no-centered --resume latest ${setting#* } "$@"
     done
 }
 

@@ -49,7 +49,7 @@ python -m reference_train evaluate $runs --data "$out/icons" --only icons emoji 
     --out "$out/evaluation-settings"
 
 # Constant λ. NAME is LOSS-SEED.
-constant="--reference-batch-size 128 --no-lambda-progress"
+constant="--reference-batch-size 128 --no-lambda-progress --no-centered"
 for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 c-cyclip-1 c-cyclip-2 \
     i-cyclip-0; do
     pretrain $run --loss "${run%-*}" $constant --seed "${run##*-}" -- ${EPOCHS:+--epochs "$EPOCHS"}
@@ -60,7 +60,8 @@ done
 for batch in 128 512 2048 4096; do
     for run in clip-$batch-0 cyclip-$batch-0 cyclip-$batch-128; do
         [ $run = cyclip-128-128 ] ||
-            pretrain lambda-$run --loss "${run%%-*}" --batch-size $batch --no-lambda-progress -- \
+            pretrain lambda-$run --loss "${run%%-*}" --batch-size $batch --no-lambda-progress \
+                --no-centered -- \
                 $(schedule $batch) --reference-batch-size "${run##*-}"
     done
 done

@@ -1,10 +1,11 @@
 # The settings of the loss that photos.sh and icons.sh compare. R is the reference batch size.
 #   clip             CLIP's loss
-#   recommended      R = 32, times the progress of CLIP's loss: the launcher's default
+#   recommended      R = 32, times the progress of CLIP's loss
 #   warmup           R = 128, as strong as in the paper, after a warm-up of 512 steps
 #   constant         R = 128, at full strength from the first step
 #   c-cyclip-warmup, i-cyclip-warmup    as warmup, with the cross-modal or the in-modal penalty alone
-# NAME-centered: with penalties on centred features. NAME-ids: without pairs of the same caption as
+# NAME-centered: with penalties on centred features. recommended-centered are the recommended
+# settings of today, the launcher's defaults. NAME-ids: without pairs of the same caption as
 # negatives.
 loss_flags() { # SETTING
     paper="--reference-batch-size 128 --no-lambda-progress"
@@ -17,6 +18,9 @@ loss_flags() { # SETTING
     esac
     case $1 in
     *-centered) echo "--centered" ;;
+    *) echo "--no-centered" ;;
+    esac
+    case $1 in
     *-ids) echo "--same-captions ignored" ;;
     esac
 }

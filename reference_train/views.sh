@@ -29,7 +29,7 @@ pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
     shift 4
     python -m reference_train pretrain --preset icons --data "$icons" --out "$out/logs" \
         --name "$name" --loss "$loss" --seed "$seed" --reference-batch-size 128 \
-        --no-lambda-progress "$@" -- --torchcompile --epochs "$epochs"
+        --no-lambda-progress --no-centered "$@" -- --torchcompile --epochs "$epochs"
 }
 
 for seed in 0 1 2; do

@@ -29,7 +29,12 @@ INPUTS = (*FEATURES, "logit_scale")
 VIEWS = ("augmented_image_features", "augmented_text_features")
 NEGATIVES = ("negative_text_features", "negative_image_features")
 # The recommended settings, and pairs so far apart that CLIP's loss has made a part of its progress.
-ADVISED = {"reference_batch_size": 32, "lambda_progress": True, "distance": 1.0}
+ADVISED = {
+    "reference_batch_size": 32,
+    "lambda_progress": True,
+    "centered": True,
+    "distance": 1.0,
+}
 # The functions under test, with the features that may be given besides. The last two are CLIP's
 # loss, and one direction of it, from `contrastive_logsumexp`.
 FUNCTIONS = {

@@ -63,14 +63,15 @@ def _centered(batch: Batch) -> Batch:
     that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
     means, for O(N D) memory and an all-reduce of 2 D + 1 elements.
 
-    The means have no gradient. A function of centred features has gradients that sum to 0 over the
-    rows, so what the means would add is 0.
+    Across ranks the means have no gradient. A function of centred features has gradients that sum
+    to 0 over the rows, so what the means would add is 0. Its derivative is not: in one process,
+    where small batches have second derivatives, the means are differentiated.
     """
     pair = torch.cat((batch.image_features, batch.text_features), dim=1)
-    with torch.no_grad():
-        sums = pair.sum(dim=0, dtype=accumulation_dtype(pair.dtype))
-        own = torch.cat((sums, sums.new_full((1,), pair.shape[0])))
-        summed = collectives.all_reduce(own, "sum", batch.ranks)
+    rows = pair if batch.ranks.size == 1 else pair.detach()
+    sums = rows.sum(dim=0, dtype=accumulation_dtype(pair.dtype))
+    own = torch.cat((sums, sums.new_full((1,), pair.shape[0])))
+    summed = collectives.all_reduce(own, "sum", batch.ranks)
     images, texts = (pair - summed[:-1] / summed[-1]).chunk(2, dim=1)
     return Batch(images, texts, batch.ranks)
 

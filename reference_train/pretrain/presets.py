@@ -14,7 +14,7 @@ BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # all ranks togethe
 PAPER = """
 --model RN50-quickgelu --epochs 64 --lr 5e-4 --wd 0.1 --beta1 0.9 --beta2 0.999 --eps 1e-8
 --warmup 10000 --precision amp --workers 4 --aug-cfg use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)
---reference-batch-size 128 --no-lambda-progress
+--reference-batch-size 128 --no-lambda-progress --no-centered
 """
 # OpenCLIP's recipe for RN50 on CC3M (https://github.com/mlfoundations/open_clip/issues/448).
 MODERN = """

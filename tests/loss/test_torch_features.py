@@ -59,7 +59,7 @@ def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     torch.testing.assert_close(under_autocast, (terms, grads), **SAME_BITS)
 
 
-OPTIONS = [{}, {"lambdas": (0, 0)}]
+OPTIONS = [{}, {"lambdas": (0, 0)}, {"centered": True}]
 OPTIONS += [{"function": name} for name in ("penalties", "siglip", "log-sum-exps")]
 
 

@@ -42,7 +42,7 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
         assert (args.name, args.seed) == (f"{preset}-{loss}-3", 3)
         is_default = preset != "paper" and "siglip" not in loss
         assert args.reference_batch_size == (32 if is_default else 128)
-        assert args.lambda_progress == (preset != "paper")
+        assert args.lambda_progress == args.centered == (preset != "paper")
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
     chosen = dry_run('--loss math:dist --loss-arguments {"p":1}')
     assert (chosen.loss, chosen.name) == ("math:dist", "modern-dist-0")

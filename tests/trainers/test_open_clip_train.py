@@ -222,7 +222,7 @@ class Other(ClipLoss):
     """A subclass, which CyCLIPLoss must not replace."""
 
 
-OF_32 = {"reference_batch_size": 32}
+OF_32 = {"reference_batch_size": 32, "centered": True}
 PROGRESS = {**OF_32, "lambda_progress": True}
 RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
 SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
@@ -234,12 +234,16 @@ SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
     [
         # torchrun allows a "--" before the script's flags.
         (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **PROGRESS)),
-        (ClipLoss(), (*CONSTANT, "--centered"), CyCLIPLoss(centered=True, **OF_32)),
+        (ClipLoss(), (*CONSTANT, "--no-centered"), CyCLIPLoss(reference_batch_size=32)),
         (SigLipLoss(), (*SHIFT, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_32)),
         (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_32)),
         (Other(), (), WithCyclicPenalty(Other(), **OF_32)),
         (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_32)),
-        (DistillClipLoss(), ("--reference-batch-size", "0"), WithCyclicPenalty(DistillClipLoss())),
+        (
+            DistillClipLoss(),
+            ("--reference-batch-size", "0"),
+            WithCyclicPenalty(DistillClipLoss(), centered=True),
+        ),
     ],
 )
 def test_a_loss_is_replaced_or_gets_the_penalties(

@@ -28,7 +28,7 @@ from cyclip_loss import CyCLIPLoss, caption_ids
 
 DUPLICATES = "Duplicates in a batch"
 INDICES = torch.arange(32)
-ADVISED = {"reference_batch_size": 32, "lambda_progress": True}
+ADVISED = {"reference_batch_size": 32, "lambda_progress": True, "centered": True}
 
 
 def prepared() -> dict[str, Any]:
