@@ -31,7 +31,7 @@ class CyCLIPLoss(ContrastiveModule):
 
     `CyCLIPLoss()` is the paper's formula, and `CyCLIPLoss(0, 0)` CLIP's loss. Called with the
     arguments of `open_clip.ClipLoss`. Memory is O(N D): beyond N = D the logits are computed in
-    blocks of bounded size. (On a CPU, those of at most 2^24 logits are kept, 64 MB.) The penalties
+    blocks of bounded size. (On a CPU, those of at most 2^24 logits are kept, 67 MB.) The penalties
     cost O(N D^2).
 
     Args:

@@ -12,11 +12,10 @@ from cyclip_loss.batch import Batch, Plan
 from cyclip_loss.numerics import is_traced
 from cyclip_loss.options import Options, PenaltyOptions
 
-# N / D up to which the contrastive term is dense. With D = 512 on two CPU cores, the streamed one
-# takes 1.25, 1.2, 0.96 and 0.9 of the dense one's time at 256, 384, 512 and 640 pairs. Compiled,
-# the dense one is faster up to N = D, as are dense penalties.
-DENSE_LIMIT = 0.9
-# Of at most this many logits (64 MB in float32), forward keeps the exponentials for backward.
+# N / D up to which batches are dense. With D = 512 on a CPU, the streamed contrastive term takes
+# 1.1, 1.05 and 0.95 of the dense one's time at 384, 512 and 768 pairs.
+DENSE_LIMIT = 1.0
+# Of at most this many logits (67 MB in float32), forward keeps the exponentials for backward.
 KEPT_EXPONENTIALS = 2**24
 _log = logging.getLogger("cyclip_loss")
 
@@ -53,11 +52,12 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     # Only code that may be dense depends on N, also when it is compiled.
     if may_be_dense and batch.ranks.size == 1:
         n, d = features.shape
+        limit = DENSE_LIMIT * d
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 8 to 14 N D^2.
-        if penalties == "gram" and n <= d:
+        if penalties == "gram" and n <= limit:
             penalties = "dense"
         most = max([n, *[x.column_features.shape[0] for x in logits]])
-        if logits and not logits[0].positives and most <= (d if traced else DENSE_LIMIT * d):
+        if logits and not logits[0].positives and most <= limit:
             contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
     kept_exponentials = -1

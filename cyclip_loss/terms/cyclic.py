@@ -42,7 +42,8 @@ class Started(NamedTuple):
 def start(batch: Batch, plan: Plan) -> Started:
     """Compute this rank's Gram matrices, for `terms`."""
     if plan.centered:
-        batch = _centered(batch)
+        # Dense penalties, which are plain PyTorch, have second derivatives.
+        batch = _centered(batch, plan.penalties == "dense")
     if plan.penalties != "gram":
         return Started(batch, None)
     with torch.no_grad():
@@ -56,24 +57,23 @@ def start(batch: Batch, plan: Plan) -> Started:
     return Started(batch, grams)
 
 
-def _centered(batch: Batch) -> Batch:
+def _centered(batch: Batch, differentiates_means: bool) -> Batch:
     """The batch for the penalties: less each tower's mean over all ranks.
 
     The features get the accumulation dtype: 16 bits would lose the small differences of features
     that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
     means, for O(N D) memory and an all-reduce of 2 D + 1 elements.
 
-    Across ranks the means have no gradient. A function of centred features has gradients that sum
-    to 0 over the rows, so what the means would add is 0. Its derivative is not: in one process,
-    where small batches have second derivatives, the means are differentiated.
+    differentiates_means: only second derivatives need it. A function of centred features has
+    gradients that sum to 0 over the rows, so what the means would add to the first is 0.
     """
-    pair = torch.cat((batch.image_features, batch.text_features), dim=1)
-    rows = pair if batch.ranks.size == 1 else pair.detach()
-    sums = rows.sum(dim=0, dtype=accumulation_dtype(pair.dtype))
-    own = torch.cat((sums, sums.new_full((1,), pair.shape[0])))
+    pair = batch.image_features, batch.text_features
+    rows = pair if differentiates_means else [x.detach() for x in pair]
+    sums = [x.sum(dim=0, dtype=accumulation_dtype(x.dtype)) for x in rows]
+    own = torch.cat((*sums, sums[0].new_full((1,), pair[0].shape[0])))
     summed = collectives.all_reduce(own, "sum", batch.ranks)
-    images, texts = (pair - summed[:-1] / summed[-1]).chunk(2, dim=1)
-    return Batch(images, texts, batch.ranks)
+    image_mean, text_mean = (summed[:-1] / summed[-1]).chunk(2)
+    return Batch(pair[0] - image_mean, pair[1] - text_mean, batch.ranks)
 
 
 def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Tensor]:
