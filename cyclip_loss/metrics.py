@@ -75,19 +75,19 @@ def consistency_metrics(
     if distributed is None:
         distributed = process_group is not None
     ranks = ranks_of(process_group, boolean("distributed", distributed))
-    pair = check_features(
+    images, texts = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )
-    n = pair[0].shape[0]
+    n = images.shape[0]
     if ranks.size > 1:
         num_rows, signature = {"both features": n}, {"the function": "consistency_metrics"}
         options = ContrastiveOptions(uneven=True)
-        ranks = check_ranks_agree(ranks, pair[0], num_rows, signature, options)["both features"]
-        own = torch.cat(pair, dim=1)
+        ranks = check_ranks_agree(ranks, images, num_rows, signature, options)["both features"]
+        own = torch.cat((images, texts), dim=1)
         gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
-        pair = gathered.chunk(2, dim=1)
-    wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
-    images, texts = pair[0].to(wide), pair[1].to(wide)
+        images, texts = gathered.chunk(2, dim=1)
+    wide = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
+    images, texts = images.to(wide), texts.to(wide)
     image_mean, text_mean = images.mean(dim=0), texts.mean(dim=0)
     if boolean("centered", centered):
         images, texts = images - image_mean, texts - text_mean
@@ -100,9 +100,8 @@ def consistency_metrics(
     # Five float64 matrices of a strip's size are alive at once, instead of one or two in float32.
     height = rows_per_strip(5 * images.shape[0], images.device)
     # A rank without rows has one empty strip.
-    strips = torch.split(own_rows, height)
-    sums = torch.stack([_sums_of_rows(images, texts, rows, means) for rows in strips]).sum(dim=0)
-    sums = collectives.all_reduce(sums, "sum", ranks)
+    strips = [_sums_of_rows(images, texts, rows, means) for rows in torch.split(own_rows, height)]
+    sums = collectives.all_reduce(torch.stack(strips).sum(dim=0), "sum", ranks)
     modality_gap = torch.linalg.vector_norm(image_mean - text_mean)
     metrics = [*_metrics(sums, images, texts), modality_gap]
     return {name: value.float() for name, value in zip(NAMES, metrics, strict=True)}

@@ -62,10 +62,8 @@ def float32_is_exact() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def on_device_of(features: Tensor) -> AbstractContextManager[Any]:
-    """Make the features' GPU the current one, which Triton launches on and NCCL sends from."""
-    device_of: Any = torch.cuda.device_of
-    return device_of(features) if features.is_cuda else nullcontext()
+# Makes the features' GPU the current one, which Triton launches on and NCCL sends from.
+on_device_of: Any = torch.cuda.device_of
 
 
 def is_capturing(features: Tensor) -> bool:
@@ -82,7 +80,7 @@ def rows_per_strip(row_length: int, device: torch.device) -> int:
 
 def strips(num_rows: int, height: int) -> list[tuple[int, int]]:
     """The first row and the end of each strip of at most `height` rows."""
-    return [(start, min(start + height, num_rows)) for start in range(0, num_rows, max(height, 1))]
+    return [(start, min(start + height, num_rows)) for start in range(0, num_rows, height)]
 
 
 def float16_shift(features: Tensor) -> int:
@@ -131,9 +129,7 @@ def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tupl
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b. dtype: the result's; if it is wider than a's, also the sums'."""
-    if dtype == a.dtype:
-        return torch.matmul(a, b)
-    if has_wide_products(a):
+    if dtype != a.dtype and has_wide_products(a):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.matmul(a.to(dtype), b.to(dtype))
 
@@ -164,8 +160,10 @@ def architecture(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
         return None
-    tables = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90", (12, 0): "sm_120"}
-    return tables.get((major, minor), "sm_100" if major == 10 else "sm_86")
+    if major == 10:
+        return "sm_100"
+    name = f"sm_{major}{minor}"
+    return name if name in ("sm_80", "sm_89", "sm_90", "sm_120") else "sm_86"
 
 
 def triton_version() -> tuple[int, ...]:

@@ -76,6 +76,6 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         with_cross,
         centered,
     )
-    if not traced and _log.isEnabledFor(logging.DEBUG):
+    if not traced:
         _log.debug("%d pairs on this rank, D = %d: %s; %s", *features.shape, computes, plan)
     return plan

@@ -53,8 +53,14 @@ def candidates(dtype: torch.dtype, shipped: Any) -> list[Any]:
         sides, sides, (8, 4), DEPTHS, precisions
     ):
         for parts in PARTS.get(height * width // (32 * warps), []):
-            sizes = {"BM": height, "BN": width, "BD": width, "BK": depth // itemsize}
-            sizes |= {"PARTS": parts, "PRECISION": precision}
+            sizes = {
+                "BM": height,
+                "BN": width,
+                "BD": width,
+                "BK": depth // itemsize,
+                "PARTS": parts,
+                "PRECISION": precision,
+            }
             tile = {name: sizes.get(name, value) for name, value in shipped.tile.items()}
             config = replace(shipped, tile=tile, num_warps=warps, num_stages=stages)
             if height <= 2 * width <= 4 * height and config not in found:

@@ -45,8 +45,8 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     libraries = ("cyclip_loss", "torch")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
         level, frame = level + 1, frame.f_back
-    page = "docs/troubleshooting.md"
-    warnings.warn(f"{text} (more: {page})", CyCLIPWarning, stacklevel=level)
+    text = f"{text} (more: docs/troubleshooting.md)"
+    warnings.warn(text, CyCLIPWarning, stacklevel=level)
 
 
 def warn_of_penalties(options: Any, num_pairs: int) -> None:

@@ -59,8 +59,12 @@ class Config:
         Triton 3.10 no longer fuses multiplications and additions by default, so this requests it.
         Where a product must be rounded before it is added, the kernel has an explicit `fma`.
         """
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return {**self.tile, **options, "enable_fp_fusion": True}
+        return {
+            **self.tile,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
     @cached_property
     def with_ids(self) -> "Config":
@@ -222,9 +226,12 @@ def tuned(device: torch.device) -> dict[str, Config]:
         entries = json.loads(file.read_text()).get(platform_of(device), {})
         return {key: Config(**entry) for key, entry in entries.items()}
     except Exception as error:
-        what = f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
-        way_out = "Run `python -m cyclip_loss.tune` without it, or set CYCLIP_LOSS_TILES=off"
-        warn_once("tiles", what + way_out, every_rank=True)
+        warn_once(
+            "tiles",
+            f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
+            "Run `python -m cyclip_loss.tune` without it, or set CYCLIP_LOSS_TILES=off",
+            every_rank=True,
+        )
         return {}
 
 

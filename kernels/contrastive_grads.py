@@ -27,7 +27,6 @@ from cyclip_loss.kernels.tiles import (
     ceil_div,
     operand,
     same_ids,
-    split,
     sum_of_products,
     tile_product,
 )
@@ -76,9 +75,10 @@ def contrastive_grads_kernel(
     BK: tl.constexpr,
     PARTS: tl.constexpr,  # in how many parts a tile of G is computed from its logits
 ):
-    row_tile, column_tile, product = tile_product(
-        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK
-    )
+    row_tile, column_tile, parts = tile_product(
+        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK,
+        PARTS,
+    )  # fmt: skip
     first_row = row_tile * BM
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
@@ -89,7 +89,6 @@ def contrastive_grads_kernel(
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     tile_sum = 0.0
     WIDTH: tl.constexpr = BN // PARTS
-    parts = split(product, BM, BN, PARTS)
     for part in tl.static_range(PARTS):
         start = column_tile * BN + part * WIDTH
         columns = start + tl.arange(0, WIDTH)
@@ -144,7 +143,7 @@ def multiplied_blocks(
     after this many tiles; constants: its constexprs; factor: of the products.
     """
     needs_rows, needs_columns, *_ = needs
-    row_features, column_features = logits.row_features, logits.column_features
+    row_features, column_features, *_ = logits
     bm, bn = config.tile["BM"], config.tile["BN"]
     aligned = logits._replace(
         row_features=operand(row_features, config.tile),
@@ -203,23 +202,24 @@ def contrastive_grads(
 ) -> Gradients:
     """As `eager.contrastive_grads`."""
     features = logits.row_features
-    shift, with_ids = float16_shift(features), logits.row_ids is not None
+    shift = float16_shift(features)
     # One way, too, larger parts would spill registers on sm_90.
-    config = config_for("contrastive_grads", features, with_ids or not logits.symmetric)
+    has_small_parts = logits.row_ids is not None or not logits.symmetric
+    config = config_for("contrastive_grads", features, has_small_parts)
     tiles = num_tiles(logits, config)
     scale_partials = saved.row_lse.new_empty(tiles)
-
-    def own_arguments(start: int, left: int, tiles_before: int) -> tuple[Any, ...]:
-        lse = saved.row_lse[start:], saved.column_lse[left:]
-        partials = scale_partials[tiles_before:]
-        return saved.unit, *lse, saved.pair_gradient[start:], partials
-
     with on_device_of(features):
         row_grad, column_grad = multiplied_blocks(
             contrastive_grads_kernel,
             logits,
             config,
-            own_arguments,
+            lambda start, left, tiles_before: (
+                saved.unit,
+                saved.row_lse[start:],
+                saved.column_lse[left:],
+                saved.pair_gradient[start:],
+                scale_partials[tiles_before:],
+            ),
             {"SYMMETRIC": logits.symmetric},
             needs,
             saved.unit * logits.logit_scale * 2.0**-shift if shift else None,

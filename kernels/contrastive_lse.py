@@ -22,7 +22,6 @@ from cyclip_loss.kernels.tiles import (
     ceil_div,
     operand,
     same_ids,
-    split,
     tile_product,
 )
 from cyclip_loss.logits import BlockLse, Logits
@@ -65,9 +64,10 @@ def contrastive_lse_kernel(
     BK: tl.constexpr,
     PARTS: tl.constexpr,  # in how many parts a tile's maxima and sums are computed
 ):
-    row_tile, column_tile, product = tile_product(
-        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK
-    )
+    row_tile, column_tile, parts = tile_product(
+        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK,
+        PARTS,
+    )  # fmt: skip
     first_row = row_tile * BM
     scale = tl.load(logit_scale) * LOG2_E
     column_partial = column_partials + row_tile.to(tl.int64) * m
@@ -78,7 +78,6 @@ def contrastive_lse_kernel(
     partner = rows + partner_offset
     first_pair = first_row + partner_offset
     WIDTH: tl.constexpr = BN // PARTS
-    parts = split(product, BM, BN, PARTS)
     for part in tl.static_range(PARTS):
         start = column_tile * BN + part * WIDTH
         columns = start + tl.arange(0, WIDTH)

@@ -20,7 +20,6 @@ from cyclip_loss.kernels.tiles import (
     same_ids,
     sigmoid,
     softplus,
-    split,
     sum_of,
     sum_of_products,
     tile_product,
@@ -68,9 +67,10 @@ def elementwise_terms_kernel(
     BK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    row_tile, column_tile, product = tile_product(
-        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK
-    )
+    row_tile, column_tile, parts = tile_product(
+        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK,
+        PARTS,
+    )  # fmt: skip
     first_row = row_tile * BM
     scale = tl.load(logit_scale)
     bias = tl.load(logit_bias)
@@ -80,7 +80,6 @@ def elementwise_terms_kernel(
     scale_sum = 0.0
     g_sum = 0.0
     WIDTH: tl.constexpr = BN // PARTS
-    parts = split(product, BM, BN, PARTS)
     for part in tl.static_range(PARTS):
         columns = column_tile * BN + part * WIDTH + tl.arange(0, WIDTH)
         x = parts[part] * scale + bias

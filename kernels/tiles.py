@@ -114,6 +114,27 @@ def u_and_v(image, text, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def split(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """The tile (BM, BN) in 1, 2 or 4 parts, from left to right, which need fewer registers."""
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "PARTS must be 1, 2 or 4")
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = _halves(tile, BM, BN)
+        if PARTS == 2:
+            return left, right
+        else:
+            a, b = _halves(left, BM, BN // 2)
+            c, d = _halves(right, BM, BN // 2)
+            return a, b, c, d
+
+
+@triton.jit
 def tile_product(
     a,  # (n, d), rows `a_stride` apart, contiguous within a row
     b,  # (m, d), rows `b_stride` apart
@@ -126,8 +147,11 @@ def tile_product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The (row, column) of this program's tile, and the tile of a b^T in float32: (BM, BN).
+    """The (row, column) of this program's tile, and the parts of the tile (BM, BN) of a b^T.
+
+    float32.
 
     Past the end of a or b its last row is read again; the caller masks these values. For tf32 the
     operands are rounded before the launch (`operand`): rounded here, in registers, they
@@ -149,28 +173,7 @@ def tile_product(
         product = tl.dot(a_block, b_block, product, input_precision=PRECISION)
         a_pointers += BK
         b_pointers += BK
-    return row_tile, column_tile, product
-
-
-@triton.jit
-def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def split(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
-    """The tile (BM, BN) in 1, 2 or 4 parts, from left to right, which need fewer registers."""
-    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "PARTS must be 1, 2 or 4")
-    if PARTS == 1:
-        return (tile,)
-    else:
-        left, right = _halves(tile, BM, BN)
-        if PARTS == 2:
-            return left, right
-        else:
-            a, b = _halves(left, BM, BN // 2)
-            c, d = _halves(right, BM, BN // 2)
-            return a, b, c, d
+    return row_tile, column_tile, split(product, BM, BN, PARTS)
 
 
 @triton.jit
@@ -198,18 +201,14 @@ def same_ids(row_ids, column_ids, rows, columns, n, m):
 
 
 @triton.jit
-def log1p_exp(x):
-    """log(1 + exp(-|x|)), accurate also if the exponential is much smaller than 1."""
+def softplus(x):
+    """log(1 + exp(x)), accurate also if the exponential is much smaller than 1."""
+    # Not `maximum`, which would lose a NaN.
+    positive = tl.where(x > 0.0, x, 0.0)
     exp = tl.exp(-tl.abs(x))
     above_1 = 1.0 + exp
     # The quotient corrects the rounding of 1 + exp (the textbook log1p).
-    return tl.where(above_1 == 1.0, exp, tl.log(above_1) * (exp / (above_1 - 1.0)))
-
-
-@triton.jit
-def softplus(x):
-    # Not `maximum`, which would lose a NaN.
-    return tl.where(x > 0.0, x, 0.0) + log1p_exp(x)
+    return positive + tl.where(above_1 == 1.0, exp, tl.log(above_1) * (exp / (above_1 - 1.0)))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ the file of the function's name in `kernels/`. A new constexpr needs a step that
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,11 +129,6 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
         return contrastive_lse(logits)
     column_lse = column_sum.log_().add_(column_max)
     return BlockLse(torch.cat((row_lse, column_lse)), pair_logits)
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)). Above 40 it rounds to x in float64."""
-    return F.softplus(x, threshold=40.0)
 
 
 def contrastive_grads(
@@ -266,7 +262,10 @@ def same_ids_but_pairs(logits: Logits, start: int, stop: int) -> Tensor | None:
 
 # Elementwise losses by name: f(x), and f'(x), which takes `out`. Both must be 0 at -inf, and f' at
 # most 2, so that 2^14 f' fits float16 (`float16_shift`).
-ELEMENTWISE: dict[str, tuple[Any, Any]] = {"sigmoid": (softplus, torch.sigmoid)}
+# Above 40, log(1 + exp(x)) rounds to x in float64.
+ELEMENTWISE: dict[str, tuple[Any, Any]] = {
+    "sigmoid": (partial(F.softplus, threshold=40.0), torch.sigmoid)
+}
 
 
 def elementwise_terms(
@@ -318,18 +317,26 @@ def _negate_positives(x: Tensor, start: int, logits: Logits, is_positive: Tensor
         torch.where(is_positive, -x, x, out=x)
 
 
+def _u_and_v_strips(
+    image_features: Tensor, text_features: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each strip: its rows, and U = I + T and V = I - T in the accumulation dtype."""
+    (n, d), dtype = image_features.shape, accumulation_dtype(image_features.dtype)
+    for bounds in strips(n, rows_per_strip(4 * d, image_features.device)):
+        rows = slice(*bounds)
+        image, text = image_features[rows].to(dtype), text_features[rows].to(dtype)
+        yield rows, image + text, image - text
+
+
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
     """The Gram matrices A = U^T U, B = V^T V and, if `with_cross`, C = V^T U: (2 or 3, D, D).
 
     U = I + T and V = I - T are formed in the accumulation dtype, before anything is rounded. V is
     small for well-aligned pairs, and would be lost in a difference of rounded numbers.
     """
-    dtype = accumulation_dtype(image_features.dtype)
-    n, d = image_features.shape
-    grams = torch.zeros(3 if with_cross else 2, d, d, dtype=dtype, device=image_features.device)
-    for start, stop in strips(n, rows_per_strip(4 * d, image_features.device)):
-        image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
-        u, v = image + text, image - text
+    d, dtype = image_features.shape[1], accumulation_dtype(image_features.dtype)
+    grams = image_features.new_zeros(3 if with_cross else 2, d, d, dtype=dtype)
+    for _, u, v in _u_and_v_strips(image_features, text_features):
         grams[0].addmm_(u.T, u)
         grams[1].addmm_(v.T, v)
         if with_cross:
@@ -349,23 +356,19 @@ def cyclic_grads(
     where not needed.
     """
     needs_image, needs_text = needs
-    dtype = accumulation_dtype(image_features.dtype)
-    n, d = image_features.shape
     a_grad, b_grad, *c_grad = gram_grads
     a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
     # With equal weights C has no share. (On a GPU the host would wait to see that.)
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
-    for start, stop in strips(n, rows_per_strip(4 * d, image_features.device)):
-        image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
-        u, v = image + text, image - text
+    for rows, u, v in _u_and_v_strips(image_features, text_features):
         u_grad, v_grad = u @ a_grad, v @ b_grad
         if with_cross:
             u_grad.addmm_(v, c_grad[0])
             v_grad.addmm_(u, c_grad[0].T)
         if needs_image:
-            torch.add(u_grad, v_grad, out=image_grad[start:stop])
+            torch.add(u_grad, v_grad, out=image_grad[rows])
         if needs_text:
-            torch.sub(u_grad, v_grad, out=text_grad[start:stop])
+            torch.sub(u_grad, v_grad, out=text_grad[rows])
     return image_grad, text_grad

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
 from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
@@ -130,7 +130,7 @@ class VerifiedKernels:
         """Raise an error if a result is off by more than `bound` of its largest element."""
         exact = self.dtype == torch.float32 and float32_is_exact()
         bound = 2.0**-14 if exact else 2.0**-6
-        expected = _tensors(getattr(self.eager, function)(*tree_map(_widened, batch)))
+        expected = _tensors(getattr(self.eager, function)(*tree_map_only(Tensor, _widened, batch)))
         results = _tensors(getattr(self.kernels, function)(*batch))
         for result, right in zip(results, expected, strict=True):
             largest = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
@@ -143,7 +143,7 @@ class VerifiedKernels:
         names = signature(getattr(self.eager, function)).parameters
         batch = list(map(self._like, names, arguments))
         if function == "contrastive_grads":  # about what a loss gives for these logits
-            logits = tree_map(_widened, batch[0])
+            logits = tree_map_only(Tensor, _widened, batch[0])
             lse = self.eager.contrastive_lse(logits)
             row_lse = torch.logaddexp(lse.of_rows, lse.pair_logits)
             pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
@@ -240,6 +240,5 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def _widened(argument: Any) -> Any:
-    is_float = isinstance(argument, Tensor) and argument.is_floating_point()
-    return argument.double() if is_float else argument
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -90,9 +90,8 @@ def _compare(
     # 7 bytes fit a positive int64.
     digest = blake2b(repr(own).encode(), digest_size=7).digest()
     device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device
-    # Always three, so that all functions gather the same shape.
-    rows = [*num_rows.values(), 0, 0][:3]
-    sent = [int.from_bytes(digest, "big"), *rows]
+    # Always three numbers of rows, so that all functions gather the same shape.
+    sent = [int.from_bytes(digest, "big"), *num_rows.values(), 0, 0][:4]
     own_numbers = torch.tensor([sent], dtype=torch.int64, device=device)
     gathered = finish_gather(start_gather(own_numbers, ranks), own_numbers, ranks)
     digests, *counts = zip(*gathered.tolist(), strict=True)

@@ -72,14 +72,18 @@ def _ring_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> 
         pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
         return part.of_columns
 
-    def combine(total: Tensor, part: Tensor) -> None:
-        torch.logaddexp(total, part, out=total)
-
     initial = None
     if logits.symmetric:
         max_columns = ranks.max_rows(logits.column_features.shape[0])
         initial = row_lse.new_full((max_columns,), -torch.inf)
-    column_lse = _ring(logits, None, initial, column_part, combine, ranks)
+    column_lse = _ring(
+        logits,
+        None,
+        initial,
+        column_part,
+        lambda total, part: torch.logaddexp(total, part, out=total),
+        ranks,
+    )
     both = row_lse if column_lse is None else torch.cat((row_lse, column_lse))
     return BlockLse(both.to(scale.dtype), pair_logits)
 
@@ -95,10 +99,8 @@ def _ring_gradients(
     def column_part(block: Logits, column_lse: Tensor | None) -> Tensor:
         block_saved = saved if column_lse is None else saved._replace(column_lse=column_lse)
         rows, columns, scale = block_grads(block, block_saved)
-        if needs_rows:
-            row_grad.add_(rows)
-        if needs_scale:
-            scale_grad.add_(scale)
+        row_grad.add_(rows)  # both are empty if not needed, as is the scale's gradient
+        scale_grad.add_(scale)
         return columns
 
     num_columns, d = logits.column_features.shape

@@ -44,7 +44,7 @@ from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
 from cyclip_loss.terms.operators import Operator, empty_grad_like
-from cyclip_loss.terms.positives import Positives, without_ids
+from cyclip_loss.terms.positives import Positives
 
 
 class Gathered(NamedTuple):
@@ -236,11 +236,11 @@ def _forward(
     shared = _new_exponentials(logits, kept_exponentials)
     if kept_exponentials >= 0:
         block_lse = partial(block_lse, shared=shared)
-    positives = Positives(logits.column_ids) if logits.positives else None
-    if positives is not None:
+    if logits.positives:
+        positives = Positives(logits.column_ids)
         block_lse = partial(positives.block_lse, block_lse)
     lse = STRATEGIES[strategy].log_sum_exps(block_lse, logits, ranks)
-    if positives is not None:
+    if logits.positives:
         shares = positives.other_shares(logits.row_ids, other_positives.dtype)
         other_positives = logits.logit_scale * positives.row_products
         other_positives -= (shares * lse.pair_logits).sum()
@@ -293,20 +293,16 @@ def _backward(
         contrastive_grads = partial(contrastive_grads, shared=shared)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
     float32_grads = ranks.size > 1 or logits.positives
-    positives = Positives(logits.column_ids) if logits.positives else None
-    if positives is not None and other_grad is not None:
-        shares = positives.other_shares(logits.row_ids, saved.pair_gradient.dtype)
-        pair_gradient = saved.pair_gradient - other_grad * shares
-        saved = saved._replace(pair_gradient=pair_gradient)
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
-        grads: Gradients
-        negatives = block if positives is None else without_ids(block)
-        grads = contrastive_grads(negatives, saved, needs, float32_grads)
-        if positives is None:
-            return grads
-        return positives.add_grads(grads, block, other_grad, needs)
+        grads: Gradients = contrastive_grads(block, saved, needs, float32_grads)
+        return grads
 
+    if other_grad is not None:
+        positives = Positives(logits.column_ids)
+        shares = positives.other_shares(logits.row_ids, saved.pair_gradient.dtype)
+        saved = saved._replace(pair_gradient=saved.pair_gradient - other_grad * shares)
+        block_grads = partial(positives.block_grads, block_grads, other_grad, needs)
     grads = STRATEGIES[strategy].gradients(block_grads, logits, saved, needs, ranks)
     dtype = logits.row_features.dtype
     return grads.rows.to(dtype), grads.columns.to(dtype), grads.scale

@@ -36,7 +36,6 @@ class Operator:
         self.function = function
         annotations = get_type_hints(function)
         returned = annotations.pop("return")
-        self.are_records = [hasattr(kind, "_fields") for kind in annotations.values()]
         values = [
             Parameter(f"{argument}_{field}", Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
             for argument, record in annotations.items()
@@ -52,10 +51,10 @@ class Operator:
         def arguments(values: tuple[Any, ...]) -> dict[str, Any]:
             rest = iter(values)
             return {
-                name: kind(*islice(rest, len(kind._fields))) if is_record else next(rest)
-                for (name, kind), is_record in zip(
-                    annotations.items(), self.are_records, strict=True
-                )
+                name: kind(*islice(rest, len(kind._fields)))
+                if hasattr(kind, "_fields")
+                else next(rest)
+                for name, kind in annotations.items()
             }
 
         on_values.__signature__ = Signature(  # type: ignore[attr-defined]
@@ -66,14 +65,14 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the operator while the call is traced, else the function."""
-        features = arguments[0][0] if self.are_records[0] else arguments[0]
+        features = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
         if not is_traced(features):
             with without_autocast(features):
                 return call_backward(self.function, *arguments)
         values: list[Any] = []
-        for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
+        for argument in arguments:  # of which only records are tuples
             # Not `+=`: PyTorch 2.11 cannot trace it with a record.
-            values.extend(list(argument) if is_record else [argument])
+            values.extend(list(argument) if isinstance(argument, tuple) else [argument])
         return self.operator(*values)
 
 

@@ -40,15 +40,15 @@ class Positives:
         self.row_products = self.row_products + products
         return block_lse(without_ids(block))  # type: ignore[no-any-return]
 
-    def add_grads(
-        self, grads: Gradients, block: Logits, factor: Any, needs: list[bool]
+    def block_grads(
+        self, block_grads: Any, factor: Any, needs: list[bool], block: Logits, saved: Any
     ) -> Gradients:
         """Gradients of a block, in the accumulation dtype, with those of the other positives.
 
         factor: the upstream gradient of the sum of s * I_i . R_i over all rows.
         """
         needs_rows, needs_columns, needs_scale = needs
-        rows, columns, scale = grads
+        rows, columns, scale = block_grads(without_ids(block), saved)
         means = self._row_means(block)
         if needs_scale:
             scale = scale + factor * (block.row_features * means).sum()
@@ -64,9 +64,9 @@ class Positives:
         return 1 - 1 / self._counts(ids).to(dtype)
 
     def _counts(self, ids: Any) -> Tensor:
-        """How many columns of the global batch have each of these ids; at least 1."""
+        """How many columns of the global batch have each of these ids, which are among them."""
         after = torch.searchsorted(self.ordered_ids, ids, right=True)
-        return (after - torch.searchsorted(self.ordered_ids, ids)).clamp_(min=1)
+        return after - torch.searchsorted(self.ordered_ids, ids)
 
     def _row_means(self, block: Logits) -> Tensor:
         """R of the rows (n, D), from the columns of this block."""
