@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import ADVISED
+from inputs import ADVISED, Tensors
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
 from support import examples, needs_triton
@@ -70,7 +70,7 @@ def test_a_bad_value_on_one_rank_gives_no_finite_loss_on_any(
         assert not torch.stack(terms).isfinite().any(), terms
 
 
-def measure(rank: int, world_size: int, case: RankCase) -> dict[str, Tensor]:
+def measure(rank: int, world_size: int, case: RankCase) -> Tensors:
     """The metrics of all ranks: of two by their group, else by the default group."""
     image, text, _ = case.rank_inputs(rank)
     if world_size == 2:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from accuracy import graphs
-from inputs import ADVISED, normal
+from inputs import ADVISED, Tensors, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
@@ -25,7 +25,7 @@ def gradients(
     rows_per_rank: tuple[int, ...],
     wrapper: str = "none",
     dist_impl: str = "gather",
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
     options: dict[str, Any] = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)

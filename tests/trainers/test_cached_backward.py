@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import Tensors
 from pool import Collectives, own_device
 from support import examples
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def joined_loss(
     return loss_fn(**arguments, **options)
 
 
-def results(model: nn.Module) -> dict[str, Tensor]:
+def results(model: nn.Module) -> Tensors:
     """Gradients and buffers by name, whole on each rank, on the CPU."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = {}
@@ -116,7 +117,7 @@ def results(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+def assert_close(found: Tensors, expected: Tensors, rtol: float = 1e-9) -> None:
     """Equal up to rtol times the largest element of all; with the same names."""
     largest = max(float(x.abs().max()) for x in expected.values())
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-3 * rtol * largest)
@@ -412,7 +413,7 @@ def on_rank(
     wrapper: str,
     rows: tuple[int, ...],
     mini_batch_sizes: tuple[int, ...],
-) -> tuple[dict[str, Tensor], list[Counter[str]]]:
+) -> tuple[Tensors, list[Counter[str]]]:
     """The results of the last step, and the collectives of an ordinary and of a cached step."""
     model = wrapped(make(training=False), wrapper)
     loss_fn = CyCLIPLoss(uneven=len(set(rows)) > 1)

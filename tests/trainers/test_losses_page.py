@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import value_and_grads
-from inputs import pairs
+from inputs import Tensors, pairs
 from torch import Tensor
 
 import cyclip_loss
@@ -38,7 +38,7 @@ def random_features(n: int, seed: int) -> Tensor:
     return pairs(n, D, seed=seed, device="cpu")[0]
 
 
-def make_data(n: int) -> dict[str, Tensor]:
+def make_data(n: int) -> Tensors:
     """The variables of the recipes for the whole batch, by name."""
     image, text = pairs(n, D, 0.5, device="cpu")
     return {
@@ -66,7 +66,7 @@ def make_data(n: int) -> dict[str, Tensor]:
 
 
 def run_block(
-    block: str, data: dict[str, Tensor], n: int, ids: Tensor | None = None, **options: Any
+    block: str, data: Tensors, n: int, ids: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
     names: dict[str, Any] = dict(data)
@@ -123,26 +123,26 @@ def both_ways(logits: Tensor, negatives: Tensor) -> Tensor:
     return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)) / 2
 
 
-def logits_of(data: dict[str, Tensor]) -> Tensor:
+def logits_of(data: Tensors) -> Tensor:
     return data["logit_scale"] * data["image_features"] @ data["text_features"].T
 
 
-def clip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def clip(data: Tensors, negatives: Tensor) -> Tensor:
     return both_ways(logits_of(data), negatives).mean()
 
 
-def one_way(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def one_way(data: Tensors, negatives: Tensor) -> Tensor:
     documents = torch.cat((data["text_features"], data["hard_negatives"]))
     return cross_entropy(20 * data["image_features"] @ documents.T, negatives).mean()
 
 
-def two_kinds_of_negatives(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def two_kinds_of_negatives(data: Tensors, negatives: Tensor) -> Tensor:
     queries = data["image_features"]
     logits = 20 * queries @ torch.cat((data["text_features"], queries)).T
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
 
 
-def several_captions(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def several_captions(data: Tensors, negatives: Tensor) -> Tensor:
     ids, other_ids = data["image_ids"], data["other_ids"]
     captions = torch.cat((data["text_features"], data["other_captions"]))
     logits = data["logit_scale"] * data["image_features"] @ captions.T
@@ -151,11 +151,11 @@ def several_captions(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (cross_entropy(logits, kept) + columns).mean() / 2
 
 
-def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def weighted(data: Tensors, negatives: Tensor) -> Tensor:
     return (data["weights"] * both_ways(logits_of(data), negatives)).mean()
 
 
-def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def negatives_of_each_row(data: Tensors, negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     own = torch.einsum("nd,nkd->nk", data["image_features"], data["own_negatives"])
     own = (data["logit_scale"] * own).masked_fill(~data["is_negative"], -torch.inf)
@@ -164,13 +164,13 @@ def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (cross_entropy(row_logits, negatives) + columns).mean() / 2
 
 
-def hardness(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def hardness(data: Tensors, negatives: Tensor) -> Tensor:
     cosines = data["image_features"] @ data["text_features"].T
     logits = data["logit_scale"] * cosines + NUMBERS["alpha"] * cosines.where(negatives, 0.0)
     return both_ways(logits, negatives).mean()
 
 
-def crowding(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def crowding(data: Tensors, negatives: Tensor) -> Tensor:
     images, texts, logits = data["image_features"], data["text_features"], logits_of(data)
     loss = 0
     for rows, x in ((logits, texts), (logits.T, images)):
@@ -179,7 +179,7 @@ def crowding(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def label_smoothing(data: Tensors, negatives: Tensor) -> Tensor:
     logits, target = logits_of(data), torch.arange(len(negatives))
     return sum(
         F.cross_entropy(x, target, label_smoothing=NUMBERS["smoothing"]) / 2
@@ -187,44 +187,44 @@ def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     )
 
 
-def soft_targets(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def soft_targets(data: Tensors, negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     teacher = TEACHER_SCALE * data["teacher_images"] @ data["teacher_texts"].T
     ways = ((logits, teacher), (logits.T, teacher.T))
     return sum(F.cross_entropy(x, soft.softmax(dim=1)) / 2 for x, soft in ways)
 
 
-def continuous_weights(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def continuous_weights(data: Tensors, negatives: Tensor) -> Tensor:
     weights = 1 + data["teacher_images"] @ data["teacher_images"].T
     targets = weights / weights.sum(dim=1, keepdim=True)
     logits = logits_of(data)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def log_q(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def log_q(data: Tensors, negatives: Tensor) -> Tensor:
     return both_ways(logits_of(data) + data["log_weights"], negatives).mean()
 
 
-def logits_of_views(data: dict[str, Tensor]) -> Tensor:
+def logits_of_views(data: Tensors) -> Tensor:
     """Of the 2 N views with each other, without a view's with itself."""
     views = torch.cat((data["image_features"], data["text_features"]))
     itself = torch.eye(len(views), dtype=torch.bool)
     return (data["logit_scale"] * views @ views.T).masked_fill(itself, -torch.inf)
 
 
-def simclr(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def simclr(data: Tensors, negatives: Tensor) -> Tensor:
     target = torch.arange(2 * len(negatives)).roll(len(negatives))
     return F.cross_entropy(logits_of_views(data), target)
 
 
-def supcon(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def supcon(data: Tensors, negatives: Tensor) -> Tensor:
     labels = data["labels"].repeat(2)
     positive = (labels[:, None] == labels) & mask(len(labels), None)
     log_p = logits_of_views(data).log_softmax(dim=1).where(positive, 0.0)
     return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean()
 
 
-def matryoshka(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def matryoshka(data: Tensors, negatives: Tensor) -> Tensor:
     loss = 0
     for width in WIDTHS:
         names = ("image_features", "text_features")
@@ -233,7 +233,7 @@ def matryoshka(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def queue(data: Tensors, negatives: Tensor) -> Tensor:
     loss = 0
     for this, other in (("image", "text"), ("text", "image")):
         columns = torch.cat((data[f"{other}_features"], data[f"{other}_queue"]))
@@ -242,7 +242,7 @@ def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def three_modalities(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def three_modalities(data: Tensors, negatives: Tensor) -> Tensor:
     features = [data[f"{name}_features"] for name in ("image", "text", "audio")]
     loss = 0
     for x in features:
@@ -252,13 +252,13 @@ def three_modalities(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def decoupled(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def decoupled(data: Tensors, negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     kept = logits.where(negatives, -torch.inf)
     return (kept.logsumexp(1) + kept.logsumexp(0) - 2 * logits.diagonal()).mean() / 2
 
 
-def debiased(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def debiased(data: Tensors, negatives: Tensor) -> Tensor:
     exps = logits_of(data).exp()
     count = len(exps) - 1
     mean = exps.where(negatives, 0.0).sum(dim=1) / count
@@ -267,7 +267,7 @@ def debiased(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return torch.log(1 + count * g / exps.diagonal()).mean()
 
 
-def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def moving_average(data: Tensors, negatives: Tensor) -> Tensor:
     logits, n = logits_of(data), len(negatives)
     g = logits.exp().where(negatives, 0.0).sum(dim=1) / (n - 1)
     old = moving_averages(n).exp()
@@ -275,43 +275,43 @@ def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (g / u - logits.diagonal()).mean()
 
 
-def uniformity(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def uniformity(data: Tensors, negatives: Tensor) -> Tensor:
     images = data["image_features"]
     distances = (images[:, None] - images).square().sum(dim=2)
     return (-2 * distances)[mask(len(images), None)].exp().mean().log()
 
 
-def temperatures(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def temperatures(data: Tensors, negatives: Tensor) -> Tensor:
     logits = data["row_scales"][:, None] * (data["image_features"] @ data["text_features"].T)
     return cross_entropy(logits, negatives).mean()
 
 
-def margin(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def margin(data: Tensors, negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     limit = logits.diagonal()[:, None] + data["logit_scale"] * NUMBERS["margin"]
     return cross_entropy(logits, negatives & (logits <= limit)).mean()
 
 
-def guide(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def guide(data: Tensors, negatives: Tensor) -> Tensor:
     similarities = data["teacher_images"] @ data["teacher_texts"].T
     limit = similarities.diagonal()[:, None] - NUMBERS["margin"]
     kept, logits = negatives & (similarities <= limit), logits_of(data)
     return (cross_entropy(logits, kept) + cross_entropy(logits.T, kept.T)).mean() / 2
 
 
-def token_scores(data: dict[str, Tensor], queries: str, documents: str) -> Tensor:
+def token_scores(data: Tensors, queries: str, documents: str) -> Tensor:
     """(N, N, tokens of a query): the largest similarity to a token of the document, or 0."""
     both = data[f"{queries}_tokens"][:, None, :, None] * data[f"{documents}_tokens"][:, None]
     largest = both.sum(-1).where(data[f"{documents}_mask"][:, None], -torch.inf).max(-1).values
     return largest * data[f"{queries}_mask"][:, None]
 
 
-def maxsim(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def maxsim(data: Tensors, negatives: Tensor) -> Tensor:
     logits = data["logit_scale"] * token_scores(data, "text", "image").sum(2)
     return both_ways(logits, negatives).mean()
 
 
-def filip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def filip(data: Tensors, negatives: Tensor) -> Tensor:
     loss = 0
     for queries, documents in (("image", "text"), ("text", "image")):
         counts = data[f"{queries}_mask"].sum(1)[:, None]
@@ -360,7 +360,7 @@ def recipes(answer: str = "") -> list[str]:
     return [marker for marker in DENSE for text in sections if marker in text and answer in text]
 
 
-def results(loss_fn: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+def results(loss_fn: Callable[..., Tensor], data: Tensors) -> Tensors:
     """The loss of these variables and a logit scale, under "value", and its gradients by name."""
 
     def of_unit_rows(**leaves: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ def results(loss_fn: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str
     return value_and_grads(of_unit_rows, {**data, "logit_scale": scale}, CONSTANTS)
 
 
-def expected(marker: str, n: int, ids: Tensor | None) -> dict[str, Tensor]:
+def expected(marker: str, n: int, ids: Tensor | None) -> Tensors:
     return results(lambda data: DENSE[marker](data, mask(n, ids)), make_data(n))
 
 
@@ -391,7 +391,7 @@ def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> N
     torch.testing.assert_close(found, expected(marker, n, ids), **CLOSE)
 
 
-def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> dict[str, Tensor]:
+def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> Tensors:
     own = {name: x.chunk(world_size)[rank] for name, x in make_data(n).items()}
     block = block_with(ACROSS_RANKS.get(marker, marker))
     return results(lambda data: run_block(block, data, n, dist_impl=dist_impl), own)

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("open_clip_train.main")
 pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 
-from inputs import TERMS
+from inputs import TERMS, Tensors
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
 from pages import blocks
@@ -61,7 +61,7 @@ class LogQ(nn.Module):
         super().__init__()
         self.register_buffer("log_weight", torch.tensor(log_weight))
 
-    def forward(self, image_features: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, image_features: Tensor, **outputs: Tensor) -> Tensors:
         names: dict[str, Any] = {**outputs, "image_features": image_features}
         names["log_weights"] = self.log_weight.expand(len(image_features))
         page = blocks("docs/losses.md")
@@ -277,7 +277,7 @@ def without_scale(image_features, text_features) -> Tensor:
     return (image_features * text_features).sum()
 
 
-def total(image_features, text_features, logit_scale) -> dict[str, Tensor]:
+def total(image_features, text_features, logit_scale) -> Tensors:
     return {"total": image_features.sum()}
 
 

@@ -10,14 +10,14 @@ import torch
 
 pytest.importorskip("open_clip")
 
-from inputs import pairs
+from inputs import FEATURES, Tensors, pairs
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from torch import Tensor, nn
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 
 LAMBDAS = (0.5, 0.125)
-FEATURES, OTHER_NAMES = ("image_features", "text_features"), ("audio_features", "text_features")
+OTHER_NAMES = ("audio_features", "text_features")
 
 
 class MarginLoss(nn.Module):
@@ -46,7 +46,7 @@ def features(device) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def penalties(features) -> dict[str, Tensor]:
+def penalties(features) -> Tensors:
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
@@ -78,7 +78,7 @@ def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties)
 class OneDict(nn.Module):
     """Takes one dict, as SLIP's loss does."""
 
-    def forward(self, outputs: dict[str, Tensor]) -> tuple[Tensor, float]:
+    def forward(self, outputs: Tensors) -> tuple[Tensor, float]:
         return ClipLoss()(*outputs.values(), 10.0), 2.0
 
 
