@@ -242,10 +242,6 @@ def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: B
     assert_equal(first(**kept, negative_text_features=absent), first(**leaves))
 
 
-def times(factor: float, given: Tensors, *names: str) -> Tensors:
-    return given | {name: factor * given[name] for name in names if name in given}
-
-
 @law
 def test_eulers_identity_holds(batch: Batch) -> None:
     """It needs no oracle. The logits have degree 2 in the features, and the penalties degree 4."""
@@ -256,23 +252,6 @@ def test_eulers_identity_holds(batch: Batch) -> None:
     right = 2 * products.pop("logit_scale") + 4 * penalties
     products.pop("logit_bias", None)
     assert_equal({"sum": sum(products.values())}, {"sum": right})
-
-
-@law
-def test_a_common_factor_scales_the_penalties_and_may_move_into_the_scale(batch: Batch) -> None:
-    """A factor of 2 gives the penalties 16 times the value. -1 for all texts changes no penalty."""
-    given, module = batch.arguments(*FEATURES), batch.penalty(0.5, 0.25)
-    expected = batch.gradients(module, given)
-    larger = times(16, times(8, expected, *FEATURES), "value")
-    assert_equal(batch.gradients(module, times(2, given, *FEATURES)), larger)
-    opposite = batch.gradients(module, times(-1, given, "text_features"))
-    assert_equal(opposite, times(-1, expected, "text_features"))
-
-    batch = replace(batch, lambdas=(0, 0))
-    given, features = batch.arguments(), (*FEATURES, *NEGATIVES)
-    expected = times(4, times(0.5, batch.loss(given), *features), "logit_scale")
-    moved = times(0.25, times(2, given, *features), "logit_scale")
-    assert_equal(batch.loss(moved), expected)
 
 
 @law
