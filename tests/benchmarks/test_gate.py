@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -85,7 +84,7 @@ CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, 
     ],
 )
 def test_each_fault_is_named(kernel: str, features: str, changes, fault: str) -> None:
-    variant: Any = SimpleNamespace(arch="sm_90", name=kernel, label=kernel, features=features)
+    variant = SimpleNamespace(arch="sm_90", name=kernel, label=kernel, features=features)
     found = gate.faults(variant, replace(CLEAN, **changes))
     names = [line.partition(": ")[0] for line in found]
     assert names == [f"FAULT sm_90 {kernel} {features}"] * bool(fault)

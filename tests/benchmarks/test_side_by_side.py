@@ -107,7 +107,7 @@ def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
 
 
 def test_each_round_starts_with_another_loss() -> None:
-    ran: list[str] = []
+    ran = []
     steps = {name: partial(ran.append, name) for name in "abc"}
     cost.measure.interleaved(steps, CPU, 0.0, 3)
     assert "".join(ran) == "abcbcacab"

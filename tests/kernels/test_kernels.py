@@ -77,7 +77,7 @@ def refuse_accesses_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    memory: list[torch.UntypedStorage] = []
+    memory = []
     run = GridExecutor.__call__
 
     def run_with_known_memory(kernel: Any, *arguments: Any, **options: Any) -> None:

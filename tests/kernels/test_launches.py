@@ -38,7 +38,7 @@ class PyTorchLaunches(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -98,7 +98,7 @@ def shifted(x: Tensor) -> Tensor:
 
 def compiled_binaries(dtype: torch.dtype, d: int) -> tuple[set[str], set[str]]:
     """The binaries of two aligned batches, and those that batches of other shapes add."""
-    binaries: list[set[str]] = []
+    binaries = []
     with no_device() as launched:
         for sizes in ((64, 4096), (1, 2, 16, 63, 255, 257, 1000, 2049, 4099)):
             for n in sizes:

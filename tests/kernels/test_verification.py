@@ -64,7 +64,7 @@ def with_ids(change: Callable[[Tensor], Tensor], original: Any, logits: Any, *re
 FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_features"])
 POSITIVES = {"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}
 # The options of a step, and the functions that it calls in another layout than a plain step.
-STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+STEPS = [
     ({}, PLAIN),
     ({"dtype": torch.float32}, PLAIN),
     ({"dtype": torch.float32, "function": "siglip"}, (SIGMOID, GRAMS, CYCLIC_GRADS)),

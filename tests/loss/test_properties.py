@@ -189,7 +189,7 @@ def test_log_sum_exps_equal_their_definition(
     upstream *= sign
 
     def results(function: Any, given: Tensors) -> Tensors:
-        vectors: list[Tensor] = []
+        vectors = []
 
         def weighted_sum(**given: Tensor) -> Tensor:
             row, column, pair = function(**given)

@@ -57,7 +57,7 @@ VIEWS = {"views": True}
 LSE, SIGLIP = {"function": "log-sum-exps"}, {"function": "siglip"}
 TEXT, ALL = frozenset(FEATURES[1:]), frozenset([*FEATURES, "logit_scale"])
 NO_VIEW = frozenset(["logit_scale", *VIEW_NAMES])
-DIFFERING: list[tuple[str, Call, Call]] = [
+DIFFERING = [
     ("dist_impl must be the same on every rank, got ['gather', 'ring'] (by rank); "
      "D must be the same on every rank, got [4, 5] (by rank)", {}, {"d": 5, **RING}),
     ("dtype", {}, {"dtype": torch.float16}),

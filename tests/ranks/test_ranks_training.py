@@ -9,7 +9,6 @@ from accuracy import graphs
 from inputs import ADVISED, Tensors, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
@@ -27,9 +26,9 @@ def gradients(
     dist_impl: str = "gather",
 ) -> Tensors:
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
-    options: dict[str, Any] = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
+    options = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)
-    model: nn.Module = TwoTowers().to(own_device(), torch.float64)
+    model = TwoTowers().to(own_device(), torch.float64)
     if wrapper == "DDP":
         model = DistributedDataParallel(model)
     elif wrapper == "FSDP2":

@@ -103,11 +103,11 @@ def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str
     about, pairs = LOSSES[loss], torch.randn(18, 5) + 0.2 * torch.randn(2, 18, 5)
     x, y = torch.nn.functional.normalize(pairs, dim=-1)
     logits = {"logit_scale": torch.tensor(10.0)}
-    loss_class: Any = partial(CyCLIPLoss, lambda_progress=True)
+    loss_class = partial(CyCLIPLoss, lambda_progress=True)
     if "siglip" in loss:
         logits["logit_bias"], loss_class = torch.tensor(-3.0), CySigLIPLoss
     output = {"image_features": x, "text_features": y, **logits}
-    clip: Any = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
+    clip = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
     config = Namespace(penalty_weight=0.5, reference_batch_size=4, lambda_progress=True)
     found = train.compute_loss(clip, about, train.build_loss(config, about), x, y)
     (i, i2), (t, t2) = (z.chunk(2) if about.views else (z, z) for z in (x, y))

@@ -200,7 +200,7 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
 
     The second one runs out of memory, and at the third one somebody presses Ctrl-C.
     """
-    measured: list[int] = []  # the number of images of each data set
+    measured = []  # the number of images of each data set
     outcomes = iter([None, torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
     run = shutil.copytree(run_folder, tmp_path / "tiny")
     for name in ("flickr8k", "x"):

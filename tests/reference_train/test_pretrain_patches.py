@@ -24,7 +24,7 @@ pytest_plugins = ["pretraining"]
 
 
 # The validation's loss of each epoch, and what the arguments of its run have besides.
-EPOCHS: list[tuple[float | None, dict[str, object]]] = [
+EPOCHS = [
     (None, {}),  # not validated
     (0.1, {"fsdp": 1}),  # no rank has the whole model
     (0.1, {"save_logs": False}),  # another rank than the first
@@ -75,7 +75,7 @@ def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(ranks) -
 
 
 def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path, monkeypatch) -> None:
-    seen: list[Any] = []
+    seen = []
 
     def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
         data["train"].set_epoch(epoch)

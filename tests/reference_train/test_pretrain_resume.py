@@ -112,10 +112,10 @@ def test_a_finished_run_says_its_best_epoch_and_is_not_trained_again(
 
 
 def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monkeypatch) -> None:
-    pushed: list[str] = []
+    pushed = []
     hub = sys.modules["open_clip.push_to_hf_hub"]
     monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
-    names: dict[str, Any] = {}
+    names = {}
     for block in blocks("docs/pretraining.md"):  # OpenCLIP loads the best epoch
         exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), names)
     assert pushed == ["NAME/icons-cyclip"]

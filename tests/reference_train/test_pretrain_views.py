@@ -25,7 +25,7 @@ FEATURES = ("image_features", "text_features")
 def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, caplog) -> None:
     """The second views, in every second row of the model's features, are the augmented ones."""
     caplog.set_level(logging.INFO)
-    calls: list[dict[str, Any]] = []
+    calls = []
     encode = open_clip.CLIP.forward
 
     def record(model: Any, image: Tensor, text: Tensor) -> Any:

@@ -252,7 +252,7 @@ def subtract_mean(tower: Any, args: tuple[Tensor]) -> Tensor:
     return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
 
 
-CASES: dict[str, Names] = {
+CASES = {
     "dropout": {},
     "inner checkpoints": {"wrap": with_inner_checkpoints},
     "views, negatives and ids": {"ids": torch.arange(N) % 7},
@@ -353,7 +353,7 @@ class HasAnotherOutput(Model):
 
 
 def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive = weakref.WeakSet()
     most = 0
 
     def remember(module: nn.Module, args: Any, output: Tensor) -> None:

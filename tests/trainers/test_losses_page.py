@@ -69,7 +69,7 @@ def run_block(
     block: str, data: Tensors, n: int, ids: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
-    names: dict[str, Any] = dict(data)
+    names = dict(data)
     exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, ids=ids, **options)
     names["CyCLIPLoss"] = lambda *lambdas: partial(
@@ -93,8 +93,7 @@ def run_block(
     # Shuffles within a rank are not those of the whole batch, so rows keep their order.
     with mock.patch.object(torch, "randperm", torch.arange):
         exec(block, names)
-    loss: Tensor = names["loss"]
-    return loss
+    return names["loss"]
 
 
 def moving_averages(n: int) -> Tensor:
@@ -321,7 +320,7 @@ def filip(data: Tensors, negatives: Tensor) -> Tensor:
 
 
 # A text that only this block of the page has -> its N x N form.
-DENSE: dict[str, Callable[..., Tensor]] = {
+DENSE = {
     "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,

@@ -62,7 +62,7 @@ class LogQ(nn.Module):
         self.register_buffer("log_weight", torch.tensor(log_weight))
 
     def forward(self, image_features: Tensor, **outputs: Tensor) -> Tensors:
-        names: dict[str, Any] = {**outputs, "image_features": image_features}
+        names = {**outputs, "image_features": image_features}
         names["log_weights"] = self.log_weight.expand(len(image_features))
         page = blocks("docs/losses.md")
         exec(page[0] + next(block for block in page if "log_weights" in block), names)

@@ -322,7 +322,7 @@ def test_duplicates_are_not_negatives_of_each_other() -> None:
     keys = [f"product {number}" for number in ids.tolist()]
     # Hugging Face's padding is not a part of a caption.
     mask = (INDICES[:12] <= tokens.argmax(dim=1)[:, None]).long()
-    names: dict[str, Any] = {
+    names = {
         "model": model, "loss_fn": CyCLIPLoss(), "images": images, "tokens": tokens,
         "torch": torch, "keys": keys, "all_keys": keys, "caption_ids": caption_ids,
         "inputs": {"input_ids": tokens + INDICES[:, None] * (1 - mask), "attention_mask": mask},
