@@ -19,11 +19,6 @@ from reference_train.pretrain.presets import BATCH_SIZES
 pytest_plugins = ["pretraining"]
 
 
-@pytest.fixture
-def no_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-
-
 LAMBDAS = {"clip": (0, 0), "cyclip": (1, 1), "c-cyclip": (0, 1), "i-cyclip": (1, 0)}
 LAMBDAS |= {"siglip": (0, 0), "cysiglip": (1, 1), "c-cysiglip": (0, 1)}
 
@@ -105,8 +100,9 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
     ],
 )
 def test_pretrain_refuses_before_any_work(
-    change: str, message: str, dry_run, no_gpu, tmp_path, monkeypatch
+    change: str, message: str, dry_run, tmp_path, monkeypatch
 ) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=message) as error:

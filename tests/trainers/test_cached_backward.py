@@ -307,9 +307,6 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> 
     assert_close(*found)
 
 
-ZERO = torch.tensor([0])
-
-
 @pytest.mark.parametrize(
     ("change", "dtype", "autocast", "is_error"),
     [

@@ -30,14 +30,12 @@ class MarginLoss(nn.Module):
 class AudioLoss(nn.Module):
     """Has the arguments of LAION's CLAP loss. `returned` turns the loss into what it returns."""
 
-    temperature = 3.0
-
     def __init__(self, returned: Any = lambda loss: loss) -> None:
         super().__init__()
-        self.returned, self.weight = returned, 1.0
+        self.returned = returned
 
     def forward(self, audio_features, text_features=None, logit_scale_a=10.0, mlp=None) -> Any:
-        return self.returned(self.weight * ClipLoss()(audio_features, text_features, logit_scale_a))
+        return self.returned(ClipLoss()(audio_features, text_features, logit_scale_a))
 
 
 @pytest.fixture
