@@ -126,22 +126,22 @@ def logits_of(data: Tensors) -> Tensor:
     return data["logit_scale"] * data["image_features"] @ data["text_features"].T
 
 
-def clip(data: Tensors, negatives: Tensor) -> Tensor:
+def clip(data, negatives):
     return both_ways(logits_of(data), negatives).mean()
 
 
-def one_way(data: Tensors, negatives: Tensor) -> Tensor:
+def one_way(data, negatives):
     documents = torch.cat((data["text_features"], data["hard_negatives"]))
     return cross_entropy(20 * data["image_features"] @ documents.T, negatives).mean()
 
 
-def two_kinds_of_negatives(data: Tensors, negatives: Tensor) -> Tensor:
+def two_kinds_of_negatives(data, negatives):
     queries = data["image_features"]
     logits = 20 * queries @ torch.cat((data["text_features"], queries)).T
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
 
 
-def several_captions(data: Tensors, negatives: Tensor) -> Tensor:
+def several_captions(data, negatives):
     ids, other_ids = data["image_ids"], data["other_ids"]
     captions = torch.cat((data["text_features"], data["other_captions"]))
     logits = data["logit_scale"] * data["image_features"] @ captions.T
@@ -150,11 +150,11 @@ def several_captions(data: Tensors, negatives: Tensor) -> Tensor:
     return (cross_entropy(logits, kept) + columns).mean() / 2
 
 
-def weighted(data: Tensors, negatives: Tensor) -> Tensor:
+def weighted(data, negatives):
     return (data["weights"] * both_ways(logits_of(data), negatives)).mean()
 
 
-def negatives_of_each_row(data: Tensors, negatives: Tensor) -> Tensor:
+def negatives_of_each_row(data, negatives):
     logits = logits_of(data)
     own = torch.einsum("nd,nkd->nk", data["image_features"], data["own_negatives"])
     own = (data["logit_scale"] * own).masked_fill(~data["is_negative"], -torch.inf)
@@ -163,13 +163,13 @@ def negatives_of_each_row(data: Tensors, negatives: Tensor) -> Tensor:
     return (cross_entropy(row_logits, negatives) + columns).mean() / 2
 
 
-def hardness(data: Tensors, negatives: Tensor) -> Tensor:
+def hardness(data, negatives):
     cosines = data["image_features"] @ data["text_features"].T
     logits = data["logit_scale"] * cosines + NUMBERS["alpha"] * cosines.where(negatives, 0.0)
     return both_ways(logits, negatives).mean()
 
 
-def crowding(data: Tensors, negatives: Tensor) -> Tensor:
+def crowding(data, negatives):
     images, texts, logits = data["image_features"], data["text_features"], logits_of(data)
     loss = 0
     for rows, x in ((logits, texts), (logits.T, images)):
@@ -178,7 +178,7 @@ def crowding(data: Tensors, negatives: Tensor) -> Tensor:
     return loss
 
 
-def label_smoothing(data: Tensors, negatives: Tensor) -> Tensor:
+def label_smoothing(data, negatives):
     logits, target = logits_of(data), torch.arange(len(negatives))
     return sum(
         F.cross_entropy(x, target, label_smoothing=NUMBERS["smoothing"]) / 2
@@ -186,21 +186,21 @@ def label_smoothing(data: Tensors, negatives: Tensor) -> Tensor:
     )
 
 
-def soft_targets(data: Tensors, negatives: Tensor) -> Tensor:
+def soft_targets(data, negatives):
     logits = logits_of(data)
     teacher = TEACHER_SCALE * data["teacher_images"] @ data["teacher_texts"].T
     ways = ((logits, teacher), (logits.T, teacher.T))
     return sum(F.cross_entropy(x, soft.softmax(dim=1)) / 2 for x, soft in ways)
 
 
-def continuous_weights(data: Tensors, negatives: Tensor) -> Tensor:
+def continuous_weights(data, negatives):
     weights = 1 + data["teacher_images"] @ data["teacher_images"].T
     targets = weights / weights.sum(dim=1, keepdim=True)
     logits = logits_of(data)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def log_q(data: Tensors, negatives: Tensor) -> Tensor:
+def log_q(data, negatives):
     return both_ways(logits_of(data) + data["log_weights"], negatives).mean()
 
 
@@ -211,19 +211,19 @@ def logits_of_views(data: Tensors) -> Tensor:
     return (data["logit_scale"] * views @ views.T).masked_fill(itself, -torch.inf)
 
 
-def simclr(data: Tensors, negatives: Tensor) -> Tensor:
+def simclr(data, negatives):
     target = torch.arange(2 * len(negatives)).roll(len(negatives))
     return F.cross_entropy(logits_of_views(data), target)
 
 
-def supcon(data: Tensors, negatives: Tensor) -> Tensor:
+def supcon(data, negatives):
     labels = data["labels"].repeat(2)
     positive = (labels[:, None] == labels) & mask(len(labels), None)
     log_p = logits_of_views(data).log_softmax(dim=1).where(positive, 0.0)
     return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean()
 
 
-def matryoshka(data: Tensors, negatives: Tensor) -> Tensor:
+def matryoshka(data, negatives):
     loss = 0
     for width in WIDTHS:
         names = ("image_features", "text_features")
@@ -232,7 +232,7 @@ def matryoshka(data: Tensors, negatives: Tensor) -> Tensor:
     return loss
 
 
-def queue(data: Tensors, negatives: Tensor) -> Tensor:
+def queue(data, negatives):
     loss = 0
     for this, other in (("image", "text"), ("text", "image")):
         columns = torch.cat((data[f"{other}_features"], data[f"{other}_queue"]))
@@ -241,7 +241,7 @@ def queue(data: Tensors, negatives: Tensor) -> Tensor:
     return loss
 
 
-def three_modalities(data: Tensors, negatives: Tensor) -> Tensor:
+def three_modalities(data, negatives):
     features = [data[f"{name}_features"] for name in ("image", "text", "audio")]
     loss = 0
     for x in features:
@@ -251,13 +251,13 @@ def three_modalities(data: Tensors, negatives: Tensor) -> Tensor:
     return loss
 
 
-def decoupled(data: Tensors, negatives: Tensor) -> Tensor:
+def decoupled(data, negatives):
     logits = logits_of(data)
     kept = logits.where(negatives, -torch.inf)
     return (kept.logsumexp(1) + kept.logsumexp(0) - 2 * logits.diagonal()).mean() / 2
 
 
-def debiased(data: Tensors, negatives: Tensor) -> Tensor:
+def debiased(data, negatives):
     exps = logits_of(data).exp()
     count = len(exps) - 1
     mean = exps.where(negatives, 0.0).sum(dim=1) / count
@@ -266,7 +266,7 @@ def debiased(data: Tensors, negatives: Tensor) -> Tensor:
     return torch.log(1 + count * g / exps.diagonal()).mean()
 
 
-def moving_average(data: Tensors, negatives: Tensor) -> Tensor:
+def moving_average(data, negatives):
     logits, n = logits_of(data), len(negatives)
     g = logits.exp().where(negatives, 0.0).sum(dim=1) / (n - 1)
     old = moving_averages(n).exp()
@@ -274,24 +274,24 @@ def moving_average(data: Tensors, negatives: Tensor) -> Tensor:
     return (g / u - logits.diagonal()).mean()
 
 
-def uniformity(data: Tensors, negatives: Tensor) -> Tensor:
+def uniformity(data, negatives):
     images = data["image_features"]
     distances = (images[:, None] - images).square().sum(dim=2)
     return (-2 * distances)[mask(len(images), None)].exp().mean().log()
 
 
-def temperatures(data: Tensors, negatives: Tensor) -> Tensor:
+def temperatures(data, negatives):
     logits = data["row_scales"][:, None] * (data["image_features"] @ data["text_features"].T)
     return cross_entropy(logits, negatives).mean()
 
 
-def margin(data: Tensors, negatives: Tensor) -> Tensor:
+def margin(data, negatives):
     logits = logits_of(data)
     limit = logits.diagonal()[:, None] + data["logit_scale"] * NUMBERS["margin"]
     return cross_entropy(logits, negatives & (logits <= limit)).mean()
 
 
-def guide(data: Tensors, negatives: Tensor) -> Tensor:
+def guide(data, negatives):
     similarities = data["teacher_images"] @ data["teacher_texts"].T
     limit = similarities.diagonal()[:, None] - NUMBERS["margin"]
     kept, logits = negatives & (similarities <= limit), logits_of(data)
@@ -305,12 +305,12 @@ def token_scores(data: Tensors, queries: str, documents: str) -> Tensor:
     return largest * data[f"{queries}_mask"][:, None]
 
 
-def maxsim(data: Tensors, negatives: Tensor) -> Tensor:
+def maxsim(data, negatives):
     logits = data["logit_scale"] * token_scores(data, "text", "image").sum(2)
     return both_ways(logits, negatives).mean()
 
 
-def filip(data: Tensors, negatives: Tensor) -> Tensor:
+def filip(data, negatives):
     loss = 0
     for queries, documents in (("image", "text"), ("text", "image")):
         counts = data[f"{queries}_mask"].sum(1)[:, None]
@@ -319,7 +319,8 @@ def filip(data: Tensors, negatives: Tensor) -> Tensor:
     return loss
 
 
-# A text that only this block of the page has -> its N x N form.
+# A text that only this block of the page has -> its N x N form: the loss of the variables that
+# `make_data` makes, with the mask of the negatives.
 DENSE = {
     "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
