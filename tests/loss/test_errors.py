@@ -37,7 +37,7 @@ UNLIKE_FEATURES = {TypeError: [GOOD.double()], ValueError: [GOOD.new_ones(5, 3),
 
 
 @pytest.mark.parametrize("name", FEATURES + VIEWS)
-def test_bad_features_raise_an_error_that_names_the_argument(name: str) -> None:
+def test_bad_features_raise_an_error_that_names_the_argument(name: str):
     given = GIVEN | (dict.fromkeys(VIEWS, GOOD) if name in VIEWS else {})
     functions = [CyCLIPLoss()]
     if name in FEATURES:
@@ -71,7 +71,7 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_an_error_names_the_bad_argument(name: str) -> None:
+def test_an_error_names_the_bad_argument(name: str):
     for error, values in BAD_ARGUMENTS[name].items():
         for bad in values:
             with pytest.raises(error, match=rf"\b{name}\b"):
@@ -105,7 +105,7 @@ def call(**options: Any) -> Any:
         (lambda: caption_ids(GOOD), TypeError, "tokens"),
     ],
 )
-def test_a_wrong_use_is_refused(use: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_use_is_refused(use: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         use()
 
@@ -139,7 +139,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("error", BAD_OPTIONS)
 def test_a_bad_option_is_refused_wherever_it_is_set_and_the_old_value_stays(
     error: type[Exception],
-) -> None:
+):
     for modules, name, value in BAD_OPTIONS[error]:
         for build in modules:
             module = build()
@@ -151,12 +151,12 @@ def test_a_bad_option_is_refused_wherever_it_is_set_and_the_old_value_stays(
             assert getattr(module, name) == before
 
 
-def test_repr_shows_the_options_that_differ_from_their_default() -> None:
+def test_repr_shows_the_options_that_differ_from_their_default():
     options = {"distributed": False, "inmodal_contrastive_weight": 0.5, "uneven": True}
     shown = repr(CyCLIPLoss(**options))
     assert eval(shown).__dict__.items() >= options.items()
     assert "impl" not in shown
 
 
-def test_a_penalty_without_weights_ignores_values_that_are_not_finite() -> None:
+def test_a_penalty_without_weights_ignores_values_that_are_not_finite():
     assert CyclicPenalty(0.0, 0.0)(GOOD * torch.nan, GOOD) == 0

@@ -151,7 +151,7 @@ def widened(given: Tensors) -> Tensors:
 
 @examples(1.5)
 @given(batch=batches())
-def test_the_loss_equals_its_definition(batch: Batch) -> None:
+def test_the_loss_equals_its_definition(batch: Batch):
     given = batch.arguments()
 
     def definition(logit_bias: Tensor | None = None, **given: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ WITHOUT_NEGATIVES = Batch(
 @example(batch=WITHOUT_NEGATIVES, weights=[1] * 24, sign=1, one_way=False)
 def test_log_sum_exps_equal_their_definition(
     batch: Batch, weights: list[int], sign: int, one_way: bool
-) -> None:
+):
     """weights: upstream gradients, those of the pair logits plus 1. sign: of all of them."""
     given = {name: x for name, x in batch.arguments().items() if "negative_image" not in name}
     upstream = torch.tensor(weights, dtype=torch.float64, device=batch.device).view(3, 8)
@@ -207,7 +207,7 @@ def test_log_sum_exps_equal_their_definition(
 
 
 @law_of_softmax
-def test_the_loss_is_linear_in_each_lambda(batch: Batch) -> None:
+def test_the_loss_is_linear_in_each_lambda(batch: Batch):
     """The terms of `CyCLIPLoss` and of `CyclicPenalty` are those of weight 1, times the lambda."""
     given = batch.arguments(*FEATURES, "logit_scale")
 
@@ -223,7 +223,7 @@ def test_the_loss_is_linear_in_each_lambda(batch: Batch) -> None:
 
 
 @law_of_softmax
-def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: Batch) -> None:
+def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: Batch):
     """A row's log-sum-exp ignores pairs with its id as if they were absent. Extra negatives that
     are copies of the absent texts put them back.
     """
@@ -243,7 +243,7 @@ def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: B
 
 
 @law
-def test_eulers_identity_holds(batch: Batch) -> None:
+def test_eulers_identity_holds(batch: Batch):
     """It needs no oracle. The logits have degree 2 in the features, and the penalties degree 4."""
     given = batch.arguments()
     found = batch.loss(given)
@@ -255,7 +255,7 @@ def test_eulers_identity_holds(batch: Batch) -> None:
 
 
 @law
-def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch: Batch) -> None:
+def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch: Batch):
     given, module = batch.arguments(*FEATURES), batch.penalty(0.5, 0.25, centered=True)
     expected = batch.gradients(module, given)
     vector = torch.tensor(batch.vector, device=batch.device)
@@ -265,7 +265,7 @@ def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch: Batch
 
 
 @law
-def test_the_names_of_ids_and_the_order_of_negatives_do_not_matter(batch: Batch) -> None:
+def test_the_names_of_ids_and_the_order_of_negatives_do_not_matter(batch: Batch):
     new = torch.tensor([2**62 + 7, -5, 0, -(2**63), 2**32], device=batch.device)
 
     def flipped(tensors: Tensors) -> Tensors:
@@ -289,7 +289,7 @@ PERFECT = replace(
 @example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0))
 def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
     batch: Batch, place: tuple[int, int, int]
-) -> None:
+):
     """Not even if logits of -inf would leave it finite. place: which input, row and column.
 
     In two of three rounds all texts have one sign, and images are positive, so that the logits of

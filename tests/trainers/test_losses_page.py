@@ -385,7 +385,7 @@ SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinc
 
 
 @pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
-def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> None:
+def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int):
     ids = torch.arange(n) % distinct if distinct else None
     found = results(lambda data: run_block(block_with(marker), data, n, ids), make_data(n))
     torch.testing.assert_close(found, expected(marker, n, ids), **CLOSE)
@@ -401,7 +401,7 @@ def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> Ten
 @pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring")])
 def test_a_recipe_across_ranks_equals_its_dense_form(
     marker: str, world_size: int, dist_impl: str, ranks
-) -> None:
+):
     n = 12
     answers = ranks.run(world_size, step, marker, n, dist_impl)
     exact = expected(marker, n, None)
@@ -413,7 +413,7 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
         torch.testing.assert_close(found / world_size, right, **CLOSE, msg=name)
 
 
-def test_every_recipe_of_the_page_is_compared() -> None:
+def test_every_recipe_of_the_page_is_compared():
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
     assert len(recipes("Ranks: yes")) == len(DENSE) - 1  # one is for one process
@@ -424,7 +424,7 @@ def test_every_recipe_of_the_page_is_compared() -> None:
     # The first has too many logits to keep their exponentials.
     [("expected_partner(teacher_images", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
 )
-def test_soft_targets_and_maxsim_need_no_matrix(marker: str, n: int, tokens: int) -> None:
+def test_soft_targets_and_maxsim_need_no_matrix(marker: str, n: int, tokens: int):
     """In float64. The N x N forms keep several matrices, of similarities of tokens."""
     torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
     block = block_with(marker)

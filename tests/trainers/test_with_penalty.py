@@ -53,7 +53,7 @@ def penalties(features) -> Tensors:
     [SigLipLoss(), CoCaLoss(2.0, 0.0), MarginLoss()],
     ids=["SigLipLoss", "CoCaLoss without contrastive term", "MarginLoss"],
 )
-def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
+def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties):
     """A loss returns a scalar, a tuple or a dict."""
     device, given = features[0].device, dict(zip(FEATURES, features, strict=True))
     labels = torch.arange(18, device=device).view(6, 3) % 8 + 1
@@ -83,7 +83,7 @@ class OneDict(nn.Module):
 @pytest.mark.parametrize(
     "wrap", [lambda x: x, partial(torch.compile, backend="aot_eager", fullgraph=True)]
 )
-def test_features_are_found_by_argument_names_or_a_callable(wrap, features, penalties) -> None:
+def test_features_are_found_by_argument_names_or_a_callable(wrap, features, penalties):
     image, text = features
     with_names = wrap(WithCyclicPenalty(AudioLoss(), *LAMBDAS, features=OTHER_NAMES))
     contrastive = ClipLoss()(image, text, 10.0)
@@ -96,7 +96,7 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
     torch.testing.assert_close(terms, (contrastive, 2.0, *penalties.values()))
 
 
-def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(features) -> None:
+def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(features):
     returned = AudioLoss(lambda loss: loss.bfloat16()[None])
     found = WithCyclicPenalty(returned, features=OTHER_NAMES)(*features)
     assert found.dtype == torch.float64
@@ -113,7 +113,7 @@ def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(featu
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
 )
-def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features) -> None:
+def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features):
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
     message = f"what AudioLoss returned ({message}"
     with pytest.raises(TypeError, match=re.escape(message)):
@@ -131,7 +131,7 @@ def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, 
         (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
     ],
 )
-def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) -> None:
+def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str):
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss, features=names)
     wrapped = WithCyclicPenalty(ClipLoss())
