@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
 
-MODULES: dict[str, Any] = {"cyclip": CyCLIPLoss, "siglip": CySigLIPLoss, "penalties": CyclicPenalty}
+MODULES = {"cyclip": CyCLIPLoss, "siglip": CySigLIPLoss, "penalties": CyclicPenalty}
 
 
 def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any
             return factor * sum(softplus(x, threshold=40.0).sum() for x in margins)
 
         return from_log_sum_exps
-    options: dict[str, Any] = {"impl": impl, "centered": case.centered}
+    options = {"impl": impl, "centered": case.centered}
     options["reference_batch_size"] = case.reference_batch_size
     if case.function != "penalties":
         options |= case.id_options | across_ranks

@@ -211,7 +211,7 @@ def counts(*values: int) -> st.SearchStrategy[Any]:
 # depend on which other tests are collected.
 SIZES = st.one_of(st.integers(1, 5), st.integers(1, 90))
 UPSTREAM = st.sampled_from([1.0, 1.0, -0.5, 64.0, 0.0])
-STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
+STRATEGIES = {
     "n": SIZES,
     "d": SIZES,
     "dtype": st.sampled_from(DTYPES),
@@ -251,7 +251,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
 
 ANY_SCALE = st.integers(-12, 16).map(lambda x: torch.tensor(10 ** (x / 4), device="cpu").item())
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
-FOR_KERNELS: dict[str, st.SearchStrategy[Any]] = {
+FOR_KERNELS = {
     "dtype": st.sampled_from(DTYPES[1:]),
     "negatives": counts(0, 1, 50),
 }

@@ -17,7 +17,7 @@ def speed_up() -> None:
 
     Does nothing until Triton is imported, and nothing if a new Triton works in another way.
     """
-    interpreter: Any = sys.modules.get("triton.runtime.interpreter")
+    interpreter = sys.modules.get("triton.runtime.interpreter")
     with suppress(AttributeError, TypeError):
         builder, replace_functions = interpreter.interpreter_builder, interpreter._patch_lang
         if hasattr(replace_functions, "cache_info"):

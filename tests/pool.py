@@ -50,7 +50,7 @@ class Ranks:
     def __init__(self, backend: str = "gloo", device: str = "cpu", timeout: float = 240.0) -> None:
         self.backend, self.device, self.timeout = backend, device, timeout
         self.limit = 1.25 * timeout  # of a task; a collective that hangs raises before that
-        self._ranks: list[tuple[Any, Connection]] = []
+        self._ranks = []
         self._group_size = 0  # of the current group
         self._group_count = 0  # groups so far
         self._folder = tempfile.TemporaryDirectory()
@@ -98,8 +98,8 @@ class Ranks:
         """Run command(rank, *arguments) on the ranks of the group."""
         message = pickle.dumps((command, arguments, self.limit))
         waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._group_size])}
-        results: dict[int, Any] = {}
-        errors: dict[int, str] = {}
+        results = {}
+        errors = {}
         for ours in waiting:
             with suppress(ConnectionError):  # the process has died, which is noticed below
                 ours.send_bytes(message)
@@ -133,7 +133,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Traffic = []
+        self.found = []
         self.largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

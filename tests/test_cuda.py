@@ -39,7 +39,7 @@ def make_loss(case: Case, impl: str) -> CyCLIPLoss:
 )
 def test_batches_of_many_tiles_are_accurate(
     case: Case, dtype: torch.dtype, products: str, impl, device
-) -> None:
+):
     """Tiles have their shipped sizes. In the other tests a batch has only a few tiles."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
     with setting("float32_matmul_precision", products):
@@ -48,7 +48,7 @@ def test_batches_of_many_tiles_are_accurate(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
-def test_large_batches_are_accurate(n: int, d: int, scale: float, device) -> None:
+def test_large_batches_are_accurate(n: int, d: int, scale: float, device):
     """N = 16,385 needs more than one block of G. Large models train with N = 65,536.
 
     The reference is the eager engine in float64, as the oracle of the other tests would take
@@ -65,7 +65,7 @@ def test_large_batches_are_accurate(n: int, d: int, scale: float, device) -> Non
 
 
 @DTYPES
-def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device) -> None:
+def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device):
     """It needs no oracle, which would take minutes. (`tests/loss/test_properties.py` has it, too.)
 
     The logits have degree 2 in the features, and the penalties degree 4. Rounding of the gradients
@@ -84,7 +84,7 @@ def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device) -> No
 
 @PRODUCTS
 @DTYPES
-def test_every_call_gives_the_same_bits(dtype: torch.dtype, products: str, impl, device) -> None:
+def test_every_call_gives_the_same_bits(dtype: torch.dtype, products: str, impl, device):
     """Without PyTorch's deterministic mode, in which other tests run."""
     case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
     inputs = case.inputs(device)
@@ -93,7 +93,7 @@ def test_every_call_gives_the_same_bits(dtype: torch.dtype, products: str, impl,
     torch.testing.assert_close(others, [first] * 4, rtol=0, atol=0)
 
 
-def test_a_cuda_graph_replays_a_step_on_new_features(impl, device) -> None:
+def test_a_cuda_graph_replays_a_step_on_new_features(impl, device):
     loss = make_loss(SEVERAL_TILES, impl)
     leaves = SEVERAL_TILES.leaves(device)
     stream = torch.cuda.Stream(device)
@@ -117,7 +117,7 @@ def test_a_cuda_graph_replays_a_step_on_new_features(impl, device) -> None:
     torch.testing.assert_close(replayed, results(loss, *inputs))
 
 
-def test_a_step_runs_on_the_current_stream_only(impl, device) -> None:
+def test_a_step_runs_on_the_current_stream_only(impl, device):
     """The default stream is busy, so that work on it would have to wait."""
     inputs = SEVERAL_TILES.inputs(device)
     expected = results(make_loss(SEVERAL_TILES, impl), *inputs)
@@ -133,7 +133,7 @@ def test_a_step_runs_on_the_current_stream_only(impl, device) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl) -> None:
+def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl):
     assert torch.cuda.current_device() == 0
     check_loss(SEVERAL_TILES, impl, "cuda:1")
     assert torch.cuda.current_device() == 0
@@ -141,9 +141,7 @@ def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl) -> None:
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_a_step_does_not_synchronise_with_the_host(
-    impl, lambdas, output_dict: bool, device
-) -> None:
+def test_a_step_does_not_synchronise_with_the_host(impl, lambdas, output_dict: bool, device):
     loss = CyCLIPLoss(*lambdas, impl=impl)
     leaves = SEVERAL_TILES.leaves(device)
 

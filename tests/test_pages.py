@@ -36,7 +36,7 @@ def given() -> dict[str, Any]:
     ("page", "reference_batch_size"),
     [("README.md", 32), ("docs/choosing.md", 128), ("docs/from_the_authors_code.md", None)],
 )
-def test_the_loss_on_a_page_is_the_definition(page: str, reference_batch_size, given) -> None:
+def test_the_loss_on_a_page_is_the_definition(page: str, reference_batch_size, given):
     """The README's block needs no other variables, and has penalties times CLIP's progress."""
     names = run(page, **({} if page == "README.md" else given))
     features = [names[name].detach() for name in FEATURES]
@@ -49,7 +49,7 @@ def test_the_loss_on_a_page_is_the_definition(page: str, reference_batch_size, g
     assert (names["logit_scale"].grad is not None) == (page == "README.md")
 
 
-def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path, monkeypatch) -> None:
+def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path, monkeypatch):
     initialise = dist.init_process_group
     options = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
     monkeypatch.setattr(dist, "init_process_group", lambda _: initialise("gloo", **options))
@@ -62,12 +62,12 @@ def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path, monkeyp
         dist.destroy_process_group()
 
 
-def test_the_evaluation_pages_code_prints_the_metrics(capsys) -> None:
+def test_the_evaluation_pages_code_prints_the_metrics(capsys):
     run("docs/evaluation.md")
     assert "inmodal_correlation" in capsys.readouterr().out
 
 
-def test_the_troubleshooting_pages_filter_silences_only_our_warnings() -> None:
+def test_the_troubleshooting_pages_filter_silences_only_our_warnings():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run("docs/troubleshooting.md")
@@ -76,13 +76,13 @@ def test_the_troubleshooting_pages_filter_silences_only_our_warnings() -> None:
     assert [str(warning.message) for warning in caught] == ["heard"]
 
 
-def test_the_tables_of_the_pages_are_made_of_the_records() -> None:
+def test_the_tables_of_the_pages_are_made_of_the_records():
     result = run_python(".mkdocs/tables.py", "--check")
     assert (result.stdout.strip(), result.stderr, result.returncode) == ("", "", 0)
 
 
 @pytest.mark.parametrize("name", ["engines", "logsumexp", "loss", "siglip"])
-def test_docstring_examples_print_what_they_show(name: str) -> None:
+def test_docstring_examples_print_what_they_show(name: str):
     outcome = doctest.testmod(import_module(f"cyclip_loss.{name}"), extraglobs={"torch": torch})
     assert outcome.attempted > 0
     assert outcome.failed == 0

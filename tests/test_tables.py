@@ -32,7 +32,7 @@ def tables() -> Any:
         ("43.33, 43.77\n", "43.33, 39.77\n"),  # one run is far from the others
     ],
 )
-def test_a_broken_record_loses_its_mark(tables, tmp_path, old: str, new: str) -> None:
+def test_a_broken_record_loses_its_mark(tables, tmp_path, old: str, new: str):
     text = RECORD.read_text(encoding="utf-8")
     assert text.count(old) == 1
     spec = SPEC.format(folder=tmp_path)
@@ -46,7 +46,7 @@ def test_a_broken_record_loses_its_mark(tables, tmp_path, old: str, new: str) ->
     assert not set("▲▼") & set(after[-1])
 
 
-def test_intervals_are_paired_by_seed_or_else_welchs(tables) -> None:
+def test_intervals_are_paired_by_seed_or_else_welchs(tables):
     # Paired, by hand: differences 3, 4 and 5 points, in any order of the runs. Their standard
     # error is 1 / sqrt(3), and the 97.5% quantile of Student's t with two degrees is 4.303.
     values, baseline = {"0": 0.29, "1": 0.30, "2": 0.31}, {"2": 0.28, "1": 0.26, "0": 0.24}
@@ -61,7 +61,7 @@ def test_intervals_are_paired_by_seed_or_else_welchs(tables) -> None:
     assert tables.compare(values, others) == ", +4.0 (-0.2 to 8.2)"
 
 
-def test_a_table_of_two_commits_needs_a_page_that_names_both(tables, tmp_path) -> None:
+def test_a_table_of_two_commits_needs_a_page_that_names_both(tables, tmp_path):
     commits = ["0123456789 clean", "abcdef0123 clean"]
     results = {f"{loss}-0": {"a": {"numbers": {"x": 1}, "groups": {}}} for loss in ("clip", "new")}
     checkpoints = dict(zip(results, ({"commit": x} for x in commits), strict=True))

@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -26,7 +25,7 @@ ANOTHER = LOOP.replace("/*1", "/*3").replace("0xf60", "0x3200")
 
 
 @pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
-def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str) -> None:
+def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str):
     assert not is_serialised(sass + ANOTHER)
     for serialised in (sass, ANOTHER):
         kernel = (sass + ANOTHER).replace(serialised, serialised.replace("gsb0, 0x1", "gsb0, 0x0"))
@@ -41,7 +40,7 @@ def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str) -
         ("STG.E.64 [R2], R4", 16, 0),  # writes to global memory, not to the stack
     ],
 )
-def test_stack_counts_as_spilled_only_if_it_is_accessed(instruction, stack, spilled) -> None:
+def test_stack_counts_as_spilled_only_if_it_is_accessed(instruction, stack, spilled):
     usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
     sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
     assert nvidia_registers(usage + sass) == (200, spilled)
@@ -56,7 +55,7 @@ def compiled() -> tuple[set[str], set[str], list[str]]:
     return {v.name for v in variants}, {v.label for v in variants}, faults
 
 
-def test_the_gate_has_variants_of_every_kernel_and_compiles_one(uninterpreted) -> None:
+def test_the_gate_has_variants_of_every_kernel_and_compiles_one(uninterpreted):
     """`.ci/run` compiles all variants."""
     names, labels, faults = uninterpreted.submit(compiled).result()
     assert faults == []
@@ -84,8 +83,8 @@ CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, 
         ("scale_grad", "bfloat16", {"fuses": False}, "does not fuse"),
     ],
 )
-def test_each_fault_is_named(kernel: str, features: str, changes, fault: str) -> None:
-    variant: Any = SimpleNamespace(arch="sm_90", name=kernel, label=kernel, features=features)
+def test_each_fault_is_named(kernel: str, features: str, changes, fault: str):
+    variant = SimpleNamespace(arch="sm_90", name=kernel, label=kernel, features=features)
     found = gate.faults(variant, replace(CLEAN, **changes))
     names = [line.partition(": ")[0] for line in found]
     assert names == [f"FAULT sm_90 {kernel} {features}"] * bool(fault)

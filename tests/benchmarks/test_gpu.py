@@ -11,14 +11,14 @@ from benchmarks.gpu import suite
 from benchmarks.run import Run
 
 
-def test_every_test_that_the_suite_selects_exists() -> None:
+def test_every_test_that_the_suite_selects_exists():
     chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
     for path, _, name in (word.partition("::") for word in chosen if word.startswith("tests/")):
         place = ROOT / path
         assert place.is_dir() or f"def {name}" in place.read_text()
 
 
-def test_the_suite_runs_the_chosen_tests(monkeypatch) -> None:
+def test_the_suite_runs_the_chosen_tests(monkeypatch):
     def start(command: list[str], **_: Any) -> None:
         raise RuntimeError(*command)
 
@@ -41,7 +41,7 @@ runpy.run_module("benchmarks", run_name="__main__")
 """
 
 
-def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path) -> None:
+def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path):
     arguments = f"gpu --dry-run --out {tmp_path} --sections kernels competitors"
     ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]

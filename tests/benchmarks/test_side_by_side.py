@@ -55,7 +55,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS, ids=lambda competitor: competitor.name)
-def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatch) -> None:
+def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatch):
     """What is compiled runs in eager mode here, as compiling takes long."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     for name, module in PEERS.items():
@@ -65,7 +65,7 @@ def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatc
     assert max(accuracy.relative_errors(found, exact).values()) < 1e-6
 
 
-def test_the_losses_beside_a_users_loss_are_measured_at_all_sizes() -> None:
+def test_the_losses_beside_a_users_loss_are_measured_at_all_sizes():
     assert len(NAMES) == len(COMPETITORS)
     assert {name for drawn in report.DRAWN for name in drawn[:2]} | {*BESIDE_YOURS} <= NAMES
     assert all(c.up_to == math.inf for c in COMPETITORS if c.cuda_only or c.name in BESIDE_YOURS)
@@ -90,7 +90,7 @@ def with_wrong_gradient(*inputs: Any) -> torch.Tensor:
 )
 def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
     make: Any, outcome: str, monkeypatch
-) -> None:
+):
     # Three rounds take 2, 9 and 3 ms. After the first, 9 s have passed, so no more rounds fit.
     clock = iter([0, 0, 0.002, 9, 0, 0.009, 0, 0.003])
     monkeypatch.setattr(cost.measure, "time", SimpleNamespace(perf_counter=clock.__next__))
@@ -106,8 +106,8 @@ def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
         assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
 
 
-def test_each_round_starts_with_another_loss() -> None:
-    ran: list[str] = []
+def test_each_round_starts_with_another_loss():
+    ran = []
     steps = {name: partial(ran.append, name) for name in "abc"}
     cost.measure.interleaved(steps, CPU, 0.0, 3)
     assert "".join(ran) == "abcbcacab"
@@ -125,7 +125,7 @@ def test_each_round_starts_with_another_loss() -> None:
         "cached --out /proc",
     ],
 )
-def test_bad_flags_are_refused_before_anything_is_measured(arguments: str, monkeypatch) -> None:
+def test_bad_flags_are_refused_before_anything_is_measured(arguments: str, monkeypatch):
     monkeypatch.setattr(__main__, "import_module", lambda name: pytest.fail(name))
     with pytest.raises(SystemExit, match="2"):
         __main__.main(arguments.split())
@@ -145,7 +145,7 @@ RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 @pytest.mark.parametrize(
     "launcher", [(), pytest.param(RANKS, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
 )
-def test_a_users_loss_is_in_the_printed_table_and_the_record(launcher, tmp_path) -> None:
+def test_a_users_loss_is_in_the_printed_table_and_the_record(launcher, tmp_path):
     """It is a module, MODULE:NAME, and the current folder is empty."""
     (tmp_path / "program.py").write_text(ONE_ROUND)
     options = ("--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8")

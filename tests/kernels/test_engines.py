@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("unverified_kernels")
 
 
 @pytest.mark.parametrize(("first", "second"), [("eager", "triton"), ("triton", "eager")])
-def test_backward_uses_the_engine_that_forward_chose(first: str, second: str, monkeypatch) -> None:
+def test_backward_uses_the_engine_that_forward_chose(first: str, second: str, monkeypatch):
     """CYCLIP_LOSS_IMPL changes between forward and backward."""
     inputs = Case(20, 4).leaves("cpu")
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", first)
@@ -48,7 +48,7 @@ GPUS = [
 @pytest.mark.parametrize(("gpu", "version", "expected"), GPUS)
 def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     gpu: Any, version: str | None, expected: str | None, monkeypatch
-) -> None:
+):
     properties = SimpleNamespace(gcnArchName=gpu)
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -58,7 +58,7 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
 
 
 @pytest.mark.parametrize("is_supported", [True, False])
-def test_without_triton_or_on_another_gpu_pytorch_computes(is_supported: bool, monkeypatch) -> None:
+def test_without_triton_or_on_another_gpu_pytorch_computes(is_supported: bool, monkeypatch):
     """A supported GPU without Triton warns once what to install."""
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90" if is_supported else None)
     monkeypatch.setattr(engines, "_import_problem", lru_cache(engines._import_problem.__wrapped__))
@@ -91,20 +91,20 @@ CHOICES = [
 @pytest.mark.parametrize(("impl", "variable", "features", "engine", "computes"), CHOICES)
 def test_the_option_the_environment_and_the_features_choose_the_engine(
     impl: str, variable: str, features: torch.Tensor, engine: str, computes: str, monkeypatch
-) -> None:
+):
     monkeypatch.setattr(kernels, "MAX_D", 2)
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", variable)
     assert engines.choose(impl, features)[0] == engine
     assert engine_of(features, impl) == computes
 
 
-def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch) -> None:
+def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch):
     problem = "result 0 is off by 0.5"
     monkeypatch.setattr(engines.verified("triton", SMALL), "problem", problem)
     assert engine_of(SMALL) == f"PyTorch: {problem}"
 
 
-def test_a_bad_environment_variable_is_refused(monkeypatch) -> None:
+def test_a_bad_environment_variable_is_refused(monkeypatch):
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
         CyCLIPLoss()(SMALL, SMALL, 1.0)

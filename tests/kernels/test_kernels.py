@@ -24,7 +24,7 @@ on_a_cpu = pytest.mark.skipif(
 @on_a_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_shipped_tiles_are_accurate(arch: str, dtype: torch.dtype, monkeypatch, device) -> None:
+def test_shipped_tiles_are_accurate(arch: str, dtype: torch.dtype, monkeypatch, device):
     """290 rows fill no whole number of tiles. The two lambdas differ, so that C is needed too."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
@@ -38,7 +38,7 @@ def to_tf32(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_tf32_rounds_ties_to_even(dtype: torch.dtype, device) -> None:
+def test_tf32_rounds_ties_to_even(dtype: torch.dtype, device):
     """Gram matrices are products of U and V, rounded to 10 bits of mantissa.
 
     With one row, each element of a Gram matrix is a single product, which is exact in float32. Of
@@ -50,7 +50,7 @@ def test_tf32_rounds_ties_to_even(dtype: torch.dtype, device) -> None:
     assert torch.equal(grams, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
 
 
-def test_tf32_logits_round_the_features_and_do_not_truncate_them(device) -> None:
+def test_tf32_logits_round_the_features_and_do_not_truncate_them(device):
     """Tensor cores truncate float32. Then the logits of all pairs would be too small."""
     image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
     with setting("float32_matmul_precision", "high"):
@@ -62,7 +62,7 @@ def test_tf32_logits_round_the_features_and_do_not_truncate_them(device) -> None
     torch.testing.assert_close(pair_logits.double(), exact, rtol=1e-6, atol=0)
 
 
-def test_a_d_too_large_for_32_bit_offsets_raises_an_error(device) -> None:
+def test_a_d_too_large_for_32_bit_offsets_raises_an_error(device):
     """The error comes before a matrix of 2 GB is allocated."""
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
@@ -77,7 +77,7 @@ def refuse_accesses_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    memory: list[torch.UntypedStorage] = []
+    memory = []
     run = GridExecutor.__call__
 
     def run_with_known_memory(kernel: Any, *arguments: Any, **options: Any) -> None:
@@ -113,7 +113,7 @@ def refuse_accesses_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         Case(45, 20, distinct_ids=6, negatives=(9, 5), function="siglip"),
     ],
 )
-def test_kernels_access_only_the_tensors_of_their_launch(case: Case, monkeypatch, device) -> None:
+def test_kernels_access_only_the_tensors_of_their_launch(case: Case, monkeypatch, device):
     """Tiles reach beyond the last row, column, id and element of a feature."""
     refuse_accesses_outside(monkeypatch)
     # Copies, because the memory of `arguments` is larger than the features.
@@ -122,7 +122,7 @@ def test_kernels_access_only_the_tensors_of_their_launch(case: Case, monkeypatch
 
 
 @pytest.mark.parametrize("far", [0, 1])  # images, texts
-def test_rows_may_be_further_apart_than_32_bits_can_count(far: int, monkeypatch, device) -> None:
+def test_rows_may_be_further_apart_than_32_bits_can_count(far: int, monkeypatch, device):
     """The first and the last row are 4 GB apart. Most of this memory is never touched."""
     inputs = Case(3, 64, torch.bfloat16).inputs(device)
     loss = CyCLIPLoss(0.25, 0.5, impl="triton")
@@ -157,6 +157,6 @@ def products_fused_across_threads() -> list[str]:
     return [line for line in re.findall(r"fma\..*", ptx) if re.split(r"[\s,;]+", line)[4] in others]
 
 
-def test_threads_that_store_the_same_sum_round_each_product(uninterpreted) -> None:
+def test_threads_that_store_the_same_sum_round_each_product(uninterpreted):
     """Else a thread fuses its own product with the sum, and threads store different bits."""
     assert uninterpreted.submit(products_fused_across_threads).result() == []

@@ -38,7 +38,7 @@ class PyTorchLaunches(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -98,7 +98,7 @@ def shifted(x: Tensor) -> Tensor:
 
 def compiled_binaries(dtype: torch.dtype, d: int) -> tuple[set[str], set[str]]:
     """The binaries of two aligned batches, and those that batches of other shapes add."""
-    binaries: list[set[str]] = []
+    binaries = []
     with no_device() as launched:
         for sizes in ((64, 4096), (1, 2, 16, 63, 255, 257, 1000, 2049, 4099)):
             for n in sizes:
@@ -114,7 +114,7 @@ def compiled_binaries(dtype: torch.dtype, d: int) -> tuple[set[str], set[str]]:
     return known, found - known
 
 
-def test_no_batch_makes_triton_compile_again(uninterpreted) -> None:
+def test_no_batch_makes_triton_compile_again(uninterpreted):
     """Batches of any size, stride and alignment use the binaries that two aligned batches made."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for d in (64, 70):
@@ -141,7 +141,7 @@ def launches_of_a_step(case: Case) -> int:
     ],
     ids=str,
 )
-def test_a_step_launches_few_kernels(options: dict[str, Any], most: int, uninterpreted) -> None:
+def test_a_step_launches_few_kernels(options: dict[str, Any], most: int, uninterpreted):
     """OpenCLIP's loss without penalties launches 30, the authors' formula 62."""
     for dtype in (torch.float32, torch.bfloat16):
         for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):

@@ -63,7 +63,7 @@ def warned() -> list[str]:
 @pytest.mark.parametrize("fault", ["", "not close", "RuntimeError: out of resource"])
 def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_out(
     fault: str, file, monkeypatch, capsys
-) -> None:
+):
     def faulty(kernel: Any, *arguments: Any) -> Any:
         assert all(x.symmetric for x in arguments if isinstance(x, Logits))  # the whole loss
         results = kernel(*arguments)
@@ -90,7 +90,7 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
 )
 def test_a_candidate_is_chosen_if_it_is_two_percent_faster_and_there_is_time_for_it(
     shipped_ms: float, ms: float, chosen: bool, monkeypatch
-) -> None:
+):
     """The clock rises by a second for each candidate. The limit is for all kernels together."""
 
     def trial(kernel: str, image: torch.Tensor, _: Any, tile: Any) -> float:
@@ -117,7 +117,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
         tune.main([])
 
 
-def test_what_was_chosen_is_kept_also_after_an_interrupt(file, monkeypatch, capsys) -> None:
+def test_what_was_chosen_is_kept_also_after_an_interrupt(file, monkeypatch, capsys):
     def interrupted():
         yield KEY, 1.0, 0.97, replace(SHIPPED, num_warps=8)
         raise KeyboardInterrupt
@@ -132,7 +132,7 @@ def test_what_was_chosen_is_kept_also_after_an_interrupt(file, monkeypatch, caps
     assert where == f"kept in {file}"
 
 
-def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file) -> None:
+def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file):
     tile = remember()
     assert [tile_of(3, 256), tile_of(5, 128), tile_of(1, 768)] == [tile] * 3
     for other in (tile_of(3, 192), tile_of(3, 257), tile_of(3, 256, dtype=torch.float16)):
@@ -148,7 +148,7 @@ def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file) -> None:
 
 def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
     file, tmp_path, monkeypatch
-) -> None:
+):
     assert warned() == []  # the default file may be missing
     monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "chosen.json"))
     run_main(monkeypatch, [])
@@ -163,7 +163,7 @@ def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
 
 
 @pytest.mark.parametrize("change", [("{", ""), ("num_warps", "colour")])
-def test_a_broken_file_gives_one_warning_with_its_path(change: tuple[str, str], file) -> None:
+def test_a_broken_file_gives_one_warning_with_its_path(change: tuple[str, str], file):
     remember()
     file.write_text(file.read_text().replace(*change))
     (message,) = warned()

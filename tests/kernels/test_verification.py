@@ -64,7 +64,7 @@ def with_ids(change: Callable[[Tensor], Tensor], original: Any, logits: Any, *re
 FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_features"])
 POSITIVES = {"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}
 # The options of a step, and the functions that it calls in another layout than a plain step.
-STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+STEPS = [
     ({}, PLAIN),
     ({"dtype": torch.float32}, PLAIN),
     ({"dtype": torch.float32, "function": "siglip"}, (SIGMOID, GRAMS, CYCLIC_GRADS)),
@@ -105,7 +105,7 @@ def recorded_comparisons(
 @pytest.mark.parametrize(("options", "functions"), STEPS, ids=str)
 def test_each_new_layout_is_compared_and_a_fault_is_noticed(
     options: dict[str, Any], functions: tuple[str, ...], monkeypatch
-) -> None:
+):
     """In every result of every function. The step itself uses kernels that agree.
 
     Rounding explains a small fault in bfloat16, and not in float32.
@@ -140,9 +140,7 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
 
 
 @pytest.mark.parametrize("offset", [-2, 2, NO_PAIRS])
-def test_a_fault_where_the_columns_are_not_those_of_the_rows_is_noticed(
-    offset: int, monkeypatch
-) -> None:
+def test_a_fault_where_the_columns_are_not_those_of_the_rows_is_noticed(offset: int, monkeypatch):
     """In a ring, a block's pairs are before or behind the rows. Extra negatives have none."""
     original, engine = kernels.contrastive_lse, verified(BFLOAT16)
 
@@ -171,7 +169,7 @@ def fails(*arguments: Any) -> Any:
 )
 def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
     fault: Any, problem: str, monkeypatch
-) -> None:
+):
     """With one warning. With impl="triton" a kernel that fails raises its error."""
     monkeypatch.setattr(kernels, GRADS, partial(fault, kernels.contrastive_grads))
     with pytest.warns(CyCLIPWarning) as caught:
@@ -186,7 +184,7 @@ def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
             step("triton")
 
 
-def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) -> None:
+def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch):
     """PyTorch computes this call, without a warning, and the next call compares again."""
     warnings.simplefilter("error", CyCLIPWarning)  # pytest resets it
 
@@ -202,7 +200,7 @@ def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) ->
     assert sorted(function for function, _ in compared) == sorted(PLAIN)
 
 
-def test_two_threads_compare_a_layout_once(monkeypatch) -> None:
+def test_two_threads_compare_a_layout_once(monkeypatch):
     """Autograd has a thread for each device."""
     # The interpreter can run the kernels of one thread at a time only.
     monkeypatch.setattr(kernels, GRAMS, eager.gram_matrices)
@@ -218,7 +216,7 @@ def test_two_threads_compare_a_layout_once(monkeypatch) -> None:
     assert len(compared) == 2
 
 
-def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch) -> None:
+def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch):
     """A warning in the comparison is no error either, although the caller turns it into one."""
     original = VerifiedKernels.small_batch
 
@@ -251,14 +249,14 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatc
     assert engine.problem is None
 
 
-def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch) -> None:
+def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(verification, "is_capturing", lambda features: True)
     compared = recorded_comparisons(monkeypatch)
     step()
     assert compared == []
 
 
-def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch) -> None:
+def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch):
     verified = VerifiedKernels(kernels, eager, torch.device("cuda:0"), torch.float32)
     monkeypatch.setattr(VerifiedKernels, "compare", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)

@@ -52,7 +52,7 @@ def n(impl, device) -> Iterator[int]:
     ],
     ids=str,
 )
-def test_no_n_by_n_matrix_is_allocated(options: dict, impl, n) -> None:
+def test_no_n_by_n_matrix_is_allocated(options: dict, impl, n):
     """No tensor is larger than a strip or the features. At any time there are a few of these, and
     a dozen vectors of N elements.
 
@@ -69,7 +69,7 @@ def test_no_n_by_n_matrix_is_allocated(options: dict, impl, n) -> None:
         assert max(accumulate(sizes)) <= 5 * strip + 6 * features + 16 * 4 * n
 
 
-def test_metrics_allocate_no_n_by_n_matrix(n) -> None:
+def test_metrics_allocate_no_n_by_n_matrix(n):
     """In float64."""
     features = Case(n, D).inputs("cpu")[:2]
     sizes = cpu_allocations(lambda: consistency_metrics(*features))
@@ -78,9 +78,7 @@ def test_metrics_allocate_no_n_by_n_matrix(n) -> None:
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
-def test_forward_keeps_only_vectors_and_gram_matrices(
-    impl, n, lambda_inmodal: float, grams: int
-) -> None:
+def test_forward_keeps_only_vectors_and_gram_matrices(impl, n, lambda_inmodal: float, grams: int):
     """Five vectors of N elements, the Gram matrices that are needed, and scalars.
 
     The vectors: log-sum-exps of rows and columns, their differences to the pairs' logits and, of
@@ -94,7 +92,7 @@ def test_forward_keeps_only_vectors_and_gram_matrices(
 
 
 @pytest.mark.parametrize("differentiated", [True, False])
-def test_exponentials_are_kept_for_backward_only(impl, n, differentiated) -> None:
+def test_exponentials_are_kept_for_backward_only(impl, n, differentiated):
     """And not by the kernels. (At most 5 strips, as above, beside them.)"""
     leaves = Case(n, D).leaves("cpu")
     with keeping(n**2), torch.set_grad_enabled(differentiated):
@@ -113,7 +111,7 @@ def flops(case: Case, work: Callable[..., object]) -> int:
 
 
 @pytest.mark.parametrize("function", ["cyclip", "siglip"])
-def test_without_gradients_only_the_logits_are_computed(function: str) -> None:
+def test_without_gradients_only_the_logits_are_computed(function: str):
     with torch.no_grad():
         found = flops(Case(40, 12, lambdas=(0, 0), function=function), evaluate)
     assert found == 2 * 40 * 40 * 12
@@ -137,9 +135,7 @@ def test_without_gradients_only_the_logits_are_computed(function: str) -> None:
         ("penalties", 13, (0.25, 0.5), 0, 14),
     ],
 )
-def test_flops_are_those_of_the_formulas(
-    function: str, n: int, lambdas, n2d: int, nd2: int
-) -> None:
+def test_flops_are_those_of_the_formulas(function: str, n: int, lambdas, n2d: int, nd2: int):
     case = Case(n, 12, lambdas=lambdas, function=function)
     with strips_of(7), keeping(40**2):
         assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12

@@ -28,7 +28,7 @@ def parameters(loss_class: type) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("ours", [ClipLoss, SigLipLoss])
-def test_the_constructor_takes_open_clips_arguments_by_position(ours: type) -> None:
+def test_the_constructor_takes_open_clips_arguments_by_position(ours: type):
     expected = parameters(THEIRS[ours.__name__])
     assert parameters(ours)[: len(expected)] == expected
 
@@ -48,7 +48,7 @@ FLAGS_BY_POSITION = (True, True, True, 0, 1, False)
     ],
     ids=str,
 )
-def test_without_penalties_it_is_open_clips_loss(ours, theirs, device) -> None:
+def test_without_penalties_it_is_open_clips_loss(ours, theirs, device):
     inputs = Case(40, 8, torch.float64).inputs(device)
     for bias in (-10.0, 1.0):
         # `open_clip.ClipLoss` of 3.3 adds a tensor only.
@@ -64,14 +64,14 @@ def test_without_penalties_it_is_open_clips_loss(ours, theirs, device) -> None:
 
 
 @pytest.mark.parametrize("loss_class", [CySigLIPLoss, SigLipLoss])
-def test_siglips_loss_takes_open_clips_exchanges_and_chunks(loss_class: type) -> None:
+def test_siglips_loss_takes_open_clips_exchanges_and_chunks(loss_class: type):
     names = {None: "ring", "bidir": "ring", "shift": "ring", "reduce": "gather"}
     for theirs, ours in names.items():
         assert loss_class(dist_impl=theirs).dist_impl == ours
     assert loss_class(chunk_size=0).chunk_size == 0  # the main branch's default
 
 
-def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device) -> None:
+def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device):
     image, text, _ = Case(12, 4).inputs(device)
     loss = CyCLIPLoss(impl=impl)
     plain = loss(image, text, 10.0)
@@ -92,7 +92,7 @@ SCALE_TENSORS = [
 
 @pytest.mark.filterwarnings("error:overflow encountered in cast")
 @pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
-def test_every_form_of_the_logit_scale_gives_the_same_loss(impl, form: Tensor, device) -> None:
+def test_every_form_of_the_logit_scale_gives_the_same_loss(impl, form: Tensor, device):
     """A tensor gets a gradient of its own shape and dtype. NumPy's numbers cause no warning."""
     image, text, plain = Case(20, 6).inputs(device)
     loss, logit_scale = CyCLIPLoss(impl=impl), form.to(device)
@@ -142,6 +142,6 @@ if child:
 
 
 @pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED, TWO_RANKS])
-def test_the_loss_on_a_cpu_needs_neither_triton_nor_dynamo_nor_distributed(program: str) -> None:
+def test_the_loss_on_a_cpu_needs_neither_triton_nor_dynamo_nor_distributed(program: str):
     run = run_python("-c", program)
     assert run.returncode == 0, run.stderr

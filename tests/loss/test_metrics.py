@@ -55,7 +55,7 @@ LAYOUTS = st.sampled_from([layout for layout in inputs.LAYOUTS if layout != "exp
 
 @given(case=cases(image_layout=LAYOUTS, text_layout=LAYOUTS))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
-def test_metrics_equal_their_dense_definitions(case: Case, device) -> None:
+def test_metrics_equal_their_dense_definitions(case: Case, device):
     """They are computed under autocast here, which must not cast anything."""
     given = case.arguments(device)
     image, text = (given[name] for name in FEATURES)
@@ -73,7 +73,7 @@ def test_metrics_equal_their_dense_definitions(case: Case, device) -> None:
         assert value.item() == pytest.approx(expected[name], rel=1e-6, abs=atol, nan_ok=True), name
 
 
-def test_metrics_have_no_gradient_and_are_nan_where_undefined(device) -> None:
+def test_metrics_have_no_gradient_and_are_nan_where_undefined(device):
     image, text = (features.float().requires_grad_() for features in pairs(6, 3, device=device))
     assert not any(value.requires_grad for value in consistency_metrics(image, text).values())
     broken = image.detach().clone()

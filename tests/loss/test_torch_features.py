@@ -35,9 +35,7 @@ WIDE = torch.float64
 @example(case=Case(30, 6, function="log-sum-exps"))
 @example(case=Case(30, 6, function="siglip"))
 @example(case=Case(10, 30, function="siglip"))
-def test_autocast_casts_only_features_and_other_modes_change_no_bit(
-    case: Case, impl, device
-) -> None:
+def test_autocast_casts_only_features_and_other_modes_change_no_bit(case: Case, impl, device):
     """Autocast leaves float64 as it is. The other modes are no_grad, inference_mode and a default
     device.
     """
@@ -66,7 +64,7 @@ OPTIONS += [{"function": name} for name in ("penalties", "siglip", "log-sum-exps
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
     options: dict[str, Any], impl, device
-) -> None:
+):
     case = Case(30, 6, **options)
     given = {name: x.requires_grad_() for name, x in case.arguments(device).items()}
     leaves, loss = list(given.values()), function_of(case, impl)
@@ -87,7 +85,7 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_small_batches_have_second_derivatives(options: dict[str, Any], device) -> None:
+def test_small_batches_have_second_derivatives(options: dict[str, Any], device):
     """The dense form is plain PyTorch."""
     case = Case(3, 3, WIDE, **options)
     given, loss = case.arguments(device), function_of(case, "eager")
@@ -107,7 +105,7 @@ SCHEDULE = [
 @pytest.mark.parametrize(
     ("scale", "trains"), [("tensor", True), ("number", True), ("none", True), ("none", False)]
 )
-def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bool, device) -> None:
+def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bool, device):
     """Only the first values of each kind may compile a graph. scale: none for the penalties."""
     progress = {"lambda_progress": True} if scale == "tensor" else {}
     module = CyclicPenalty if scale == "none" else partial(CyCLIPLoss, **progress)
@@ -134,7 +132,7 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bo
 @pytest.mark.parametrize(
     ("function", "kernel"), [("cyclip", "contrastive_lse"), ("siglip", "elementwise_terms")]
 )
-def test_compiled_code_runs_the_kernels(function: str, kernel: str, device, monkeypatch) -> None:
+def test_compiled_code_runs_the_kernels(function: str, kernel: str, device, monkeypatch):
     from cyclip_loss import kernels
 
     mock = Mock(wraps=getattr(kernels, kernel))
@@ -163,7 +161,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize("options", CALLS)
-def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], device) -> None:
+def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], device):
     """Value and gradients equal the eager ones."""
     torch._dynamo.reset()
     options = {"n": 9, "d": 4, "dtype": WIDE, "text_layout": "transposed", **options}
@@ -173,7 +171,7 @@ def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], devi
     torch.testing.assert_close(step(wrap=compile), step(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch) -> None:
+def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch):
     """`opcheck` checks schemas, mutation, aliasing, and the shapes of fake tensors."""
     checked = set()
 
@@ -200,7 +198,7 @@ def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("n", [3, 4, 30])
-def test_inductor_keeps_all_gradients(n: int, device) -> None:
+def test_inductor_keeps_all_gradients(n: int, device):
     """PyTorch 2.13's Inductor dropped the gradient of the pairs' logits in a draft of our code.
 
     Most tests compile with other backends.
@@ -211,7 +209,7 @@ def test_inductor_keeps_all_gradients(n: int, device) -> None:
     torch.testing.assert_close(results(compiled, *inputs), results(loss, *inputs))
 
 
-def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device) -> None:
+def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
     loss, another = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip())
 
     def function(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -226,7 +224,7 @@ def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device) 
     torch.testing.assert_close(results(compiled, *inputs), results(function, *inputs))
 
 
-def test_an_exported_loss_with_ids_has_the_same_value() -> None:
+def test_an_exported_loss_with_ids_has_the_same_value():
     given = Case(9, 4, distinct_ids=5).arguments("cpu")
     given["ids"] = given["ids"].contiguous()
     exported = torch.export.export(CyCLIPLoss(), (), given, strict=True)
@@ -237,7 +235,7 @@ MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_a_copy_computes_the_same_loss_and_has_its_own_options(module: nn.Module, device) -> None:
+def test_a_copy_computes_the_same_loss_and_has_its_own_options(module: nn.Module, device):
     arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
     expected = module(*arguments)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):

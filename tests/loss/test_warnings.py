@@ -48,7 +48,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("module", "n", "changes", "expected"), CASES)
-def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected: str) -> None:
+def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected: str):
     image, text = (x.float() for x in pairs(n, 4, device="cpu"))
     long = text.clone()
     long[3 % n] *= 7
@@ -62,7 +62,7 @@ def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected:
     assert all(expected in message for message in found), found
 
 
-def test_each_warning_shows_the_users_line(device) -> None:
+def test_each_warning_shows_the_users_line(device):
     image, text = pairs(9, 4, device=device)
     with pytest.warns() as caught:
         CyCLIPLoss(50)(3 * image, text, 1.0)
@@ -71,7 +71,7 @@ def test_each_warning_shows_the_users_line(device) -> None:
     assert found == [(CyCLIPWarning, __file__, line)] * 3
 
 
-def test_16_bit_rows_later_calls_and_compiled_modules_do_not_warn(device) -> None:
+def test_16_bit_rows_later_calls_and_compiled_modules_do_not_warn(device):
     features = pairs(128, 100, norm=3.0, device=device)
     image, text = (normalize(tensor.bfloat16(), dim=-1) for tensor in features)
     loss = CyCLIPLoss()
@@ -82,7 +82,7 @@ def test_16_bit_rows_later_calls_and_compiled_modules_do_not_warn(device) -> Non
     assert messages(lambda: compiled(3 * image, text, torch.ones((), device=device))) == []
 
 
-def test_nothing_is_checked_while_a_cuda_graph_is_captured(monkeypatch) -> None:
+def test_nothing_is_checked_while_a_cuda_graph_is_captured(monkeypatch):
     """The check waits for the device. The first call after the capture is checked."""
     call = partial(CyCLIPLoss(), 3 * ROWS, 3 * ROWS, 10.0)
     with monkeypatch.context() as capturing:

@@ -43,7 +43,7 @@ class RankCase(Case):
     @property
     def options(self) -> dict[str, Any]:
         """Of `evaluate`."""
-        options: dict[str, Any] = {"dist_impl": self.dist_impl, "uneven": self.uneven}
+        options = {"dist_impl": self.dist_impl, "uneven": self.uneven}
         if self.is_compiled:
             options["wrap"] = partial(torch.compile, backend="aot_eager", fullgraph=True)
         return options
@@ -89,7 +89,7 @@ def check_ranks(case: RankCase, ranks: Ranks) -> None:
         else:
             same = {"rtol": 0, "atol": 0, "equal_nan": True}
             torch.testing.assert_close(on_ranks, term.expand_as(on_ranks), **same)
-    grads: Grads = {}
+    grads = {}
     for name, grad in all_grads[0].items():
         parts = [rank_grads[name] for rank_grads in all_grads]
         if grad is None:
@@ -106,7 +106,7 @@ def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:
     """Draws any step. If it is uneven, ranks may have different numbers of rows, or none."""
 
     def steps(uneven: bool, most: int) -> st.SearchStrategy[RankCase]:
-        given: dict[str, Any] = {} if impl == "eager" else dict(FOR_KERNELS)
+        given = {} if impl == "eager" else dict(FOR_KERNELS)
         rows = st.integers(1, most).map(lambda n: (n,) * world_size)
         if uneven:
             rows = st.tuples(*[st.integers(0, most)] * world_size).filter(any)

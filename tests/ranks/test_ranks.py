@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import ADVISED
+from inputs import ADVISED, Tensors
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
 from support import examples, needs_triton
@@ -23,7 +23,7 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
 @WORLD_SIZES
 @examples(2)
 @given(data=st.data())
-def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
+def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: int, ranks):
     check_ranks(data.draw(rank_cases(world_size, "eager")), ranks)
 
 
@@ -31,18 +31,18 @@ def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: 
 @WORLD_SIZES
 @examples(0.5)
 @given(data=st.data())
-def test_kernels_are_accurate_across_ranks(data: st.DataObject, world_size: int, ranks) -> None:
+def test_kernels_are_accurate_across_ranks(data: st.DataObject, world_size: int, ranks):
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
 
 
 @DIST_IMPLS
-def test_the_progress_is_that_of_the_whole_batch(dist_impl: str, ranks) -> None:
+def test_the_progress_is_that_of_the_whole_batch(dist_impl: str, ranks):
     options = {"d": 8, "rows_per_rank": (2, 7), "uneven": True, "negatives": (9, 9), **ADVISED}
     check_ranks(RankCase(dist_impl=dist_impl, **options), ranks)
 
 
 @pytest.mark.gpu
-def test_two_ranks_that_share_a_gpu_are_accurate(impl) -> None:
+def test_two_ranks_that_share_a_gpu_are_accurate(impl):
     """Over gloo, whose collectives accept GPU tensors; NCCL needs a GPU for each rank."""
     with closing(Ranks("gloo", "cuda:0")) as sharing:
         for dtype, n in product((torch.float32, torch.bfloat16), (130, 150)):
@@ -63,14 +63,12 @@ def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> 
 
 @DIST_IMPLS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_a_bad_value_on_one_rank_gives_no_finite_loss_on_any(
-    dist_impl: str, bad: float, ranks
-) -> None:
+def test_a_bad_value_on_one_rank_gives_no_finite_loss_on_any(dist_impl: str, bad: float, ranks):
     for terms in ranks.run(3, with_a_bad_value, bad, dist_impl):
         assert not torch.stack(terms).isfinite().any(), terms
 
 
-def measure(rank: int, world_size: int, case: RankCase) -> dict[str, Tensor]:
+def measure(rank: int, world_size: int, case: RankCase) -> Tensors:
     """The metrics of all ranks: of two by their group, else by the default group."""
     image, text, _ = case.rank_inputs(rank)
     if world_size == 2:
@@ -80,7 +78,7 @@ def measure(rank: int, world_size: int, case: RankCase) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows_per_rank", [(4, 4), (4, 0, 7), (0, 1, 0)], ids=str)
-def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks) -> None:
+def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks):
     case = RankCase(rows_per_rank=rows_per_rank, dtype=dtype)
     whole = consistency_metrics(*case.inputs("cpu")[:2])
     close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}

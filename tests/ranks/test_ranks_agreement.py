@@ -57,7 +57,7 @@ VIEWS = {"views": True}
 LSE, SIGLIP = {"function": "log-sum-exps"}, {"function": "siglip"}
 TEXT, ALL = frozenset(FEATURES[1:]), frozenset([*FEATURES, "logit_scale"])
 NO_VIEW = frozenset(["logit_scale", *VIEW_NAMES])
-DIFFERING: list[tuple[str, Call, Call]] = [
+DIFFERING = [
     ("dist_impl must be the same on every rank, got ['gather', 'ring'] (by rank); "
      "D must be the same on every rank, got [4, 5] (by rank)", {}, {"d": 5, **RING}),
     ("dtype", {}, {"dtype": torch.float16}),
@@ -90,7 +90,7 @@ DIFFERING: list[tuple[str, Call, Call]] = [
 @pytest.mark.parametrize(("name", "first", "second"), DIFFERING)
 def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     name: str, first: Call, second: Call, ranks, monkeypatch
-) -> None:
+):
     """The error lists all differences. Calls before it and after it work."""
     monkeypatch.setattr(ranks, "timeout", 30.0)  # a rank that waits for the other one gives up
     steps = ({"d": 3}, {"d": 3}), (first, second), (second, second)
@@ -102,14 +102,14 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     assert before + after == ("right",) * 4
 
 
-def test_options_without_effect_may_differ(ranks) -> None:
+def test_options_without_effect_may_differ(ranks):
     flags = {"cache_labels": True, "world_size": 2, "impl": "eager"}
     clip = {"local_loss": True, "gather_with_grad": True, **flags}
     siglip = SIGLIP | {"chunk_size": 64, **flags}
     assert run_steps(ranks, ({}, clip), (SIGLIP, siglip)) == [("right",) * 2] * 2
 
 
-def test_with_uneven_a_later_call_without_penalties_is_an_error_on_both_ranks(ranks) -> None:
+def test_with_uneven_a_later_call_without_penalties_is_an_error_on_both_ranks(ranks):
     """The other one does not begin a sum of Gram matrices that is never sent."""
     without = UNEVEN | {"lambdas": (0.0, 0.0)}
     _, (error, same), after = run_steps(
@@ -120,7 +120,7 @@ def test_with_uneven_a_later_call_without_penalties_is_an_error_on_both_ranks(ra
 
 
 @pytest.mark.parametrize("options", [{}, UNEVEN, RING], ids=str)
-def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, ranks) -> None:
+def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, ranks):
     calls = [({"n": n, **options},) * 2 for n in (0, 3, 0, 3)]
     first, _, later, after = run_steps(ranks, *calls)
     assert all("the global batch is empty" in error for error in first), first
@@ -138,7 +138,7 @@ def raises_warning(rank: int, world_size: int) -> bool:
     return True
 
 
-def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks) -> None:
+def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks):
     assert ranks.run(2, raises_warning) == [True, False]
 
 
@@ -160,9 +160,7 @@ def warnings_by_call(rank: int, world_size: int, n: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("rows_per_rank", "warned"), [(128, 0), (129, 1)])
-def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(
-    rows_per_rank, warned, ranks
-) -> None:
+def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(rows_per_rank, warned, ranks):
     """The number of pairs on all ranks counts. A rank's own problem warns on that rank."""
     [first], [second, [own]] = ranks.run(2, warnings_by_call, rows_per_rank)
     assert ["times as strong" in text for text in first] == [True] * warned

@@ -66,7 +66,7 @@ def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[T
 
 @DIST_IMPLS
 @pytest.mark.parametrize("uneven", [False, True])
-def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl: str, uneven: bool, ranks) -> None:
+def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl: str, uneven: bool, ranks):
     found = ranks.run(4, in_subgroups, {"dist_impl": dist_impl, "uneven": uneven})
     for group in (0, 1):
         case = subgroup_case(group, uneven)
@@ -95,7 +95,7 @@ def refusals(rank: int, world_size: int) -> list[str]:
     return messages
 
 
-def test_wrong_groups_and_ranks_are_refused_without_communication(ranks) -> None:
+def test_wrong_groups_and_ranks_are_refused_without_communication(ranks):
     """A rank raises its error even if the other ranks do nothing."""
     inside, _, outside = ranks.run(3, refusals)
     for not_a_group, not_stored, _ in (inside, outside):
@@ -109,7 +109,7 @@ def stored(rank: int, world_size: int) -> bytes:
     return pickle.dumps(CyCLIPLoss(process_group=dist.new_group([0, 1])))
 
 
-def test_a_stored_loss_of_a_group_works_in_one_process(ranks) -> None:
+def test_a_stored_loss_of_a_group_works_in_one_process(ranks):
     loss, _ = map(pickle.loads, ranks.run(2, stored))
     inputs = RankCase().rank_inputs(0)
     torch.testing.assert_close(loss(*inputs), CyCLIPLoss()(*inputs), rtol=0, atol=0)
@@ -128,6 +128,6 @@ def alone(rank: int, world_size: int) -> list[Any]:
     return [*total(inputs, 1.0, **options | group), loss, *metrics]
 
 
-def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks) -> None:
+def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks):
     found, _ = ranks.run(2, alone)
     torch.testing.assert_close(found, alone(0, 1), rtol=0, atol=0)

@@ -36,7 +36,7 @@ def sends(times: int, size: int) -> Traffic:
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
 def test_a_step_sends_exactly_these_collectives(
     world_size: int, dtype: torch.dtype, lambdas, output_dict: bool, ranks
-) -> None:
+):
     """`docs/distributed.md` says what is sent. C is, if the penalties are computed apart."""
     loss_bytes, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
     matrices = 3 if output_dict or lambdas[0] != lambdas[1] else 2

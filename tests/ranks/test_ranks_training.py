@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 from accuracy import graphs
-from inputs import ADVISED, normal
+from inputs import ADVISED, Tensors, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
-from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
@@ -25,11 +24,11 @@ def gradients(
     rows_per_rank: tuple[int, ...],
     wrapper: str = "none",
     dist_impl: str = "gather",
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
-    options: dict[str, Any] = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
+    options = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)
-    model: nn.Module = TwoTowers().to(own_device(), torch.float64)
+    model = TwoTowers().to(own_device(), torch.float64)
     if wrapper == "DDP":
         model = DistributedDataParallel(model)
     elif wrapper == "FSDP2":
@@ -57,7 +56,7 @@ def gradients(
 @pytest.mark.parametrize("rows_per_rank", [(6, 6), (5, 6, 7)], ids=str)
 def test_every_parameter_has_the_gradient_of_one_process(
     rows_per_rank: tuple[int, ...], wrapper: str, dist_impl: str, ranks
-) -> None:
+):
     """The loss takes each micro-batch by itself. The last one synchronises the gradients."""
     expected = gradients(0, 1, (sum(rows_per_rank),))
     for found in ranks.run(len(rows_per_rank), gradients, rows_per_rank, wrapper, dist_impl):
@@ -70,7 +69,7 @@ def test_every_parameter_has_the_gradient_of_one_process(
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
 def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(
     function: str, dist_impl: str, ranks
-) -> None:
+):
     options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
     options |= {"distinct_ids": 3, "negatives": (4, None), "views": True}
     check_ranks(RankCase(**options, **ADVISED), ranks)
@@ -91,7 +90,7 @@ def rank_graphs(
     ("dist_impl", "uneven"),
     [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
-def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks) -> None:
+def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks):
     """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
 
     With uneven rows there are several graphs. Ranks that have seen different numbers of rows may

@@ -32,7 +32,7 @@ from reference_train.demo import demo
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(
     arguments: str, message: str, tmp_path, capsys, monkeypatch
-) -> None:
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "PATIENCE", 0)
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("training began"))
@@ -55,7 +55,7 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(
 )
 def test_the_first_rank_says_in_one_line_how_a_command_ended(
     error: BaseException, code: int, line: str | None, variable: str, monkeypatch, capsys
-) -> None:
+):
     def raise_error(argv: list[str]) -> None:
         raise error
 
@@ -68,7 +68,7 @@ def test_the_first_rank_says_in_one_line_how_a_command_ended(
 
 
 @pytest.mark.parametrize(("argv", "folder"), [(["pretrain", "x"], "/pretrain"), ([], "")])
-def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypatch) -> None:
+def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypatch):
     def fail(*_: str) -> None:
         raise ImportError("no 'x'")
 
@@ -78,7 +78,7 @@ def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypa
         cli.main(argv)
 
 
-def test_long_work_prints_a_line_each_minute_without_a_terminal(monkeypatch, capsys) -> None:
+def test_long_work_prints_a_line_each_minute_without_a_terminal(monkeypatch, capsys):
     seconds = 0
     monkeypatch.setattr(command_line, "time", SimpleNamespace(monotonic=lambda: seconds))
     for item in track(range(5), "work", 5):

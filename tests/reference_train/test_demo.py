@@ -72,7 +72,7 @@ def finished(emoji, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_folder_has_every_run_and_refuses_other_settings(finished) -> None:
+def test_a_folder_has_every_run_and_refuses_other_settings(finished):
     assert "| CLIP (2) | SigLIP | CyCLIP | chance | n |" in (finished / "table.md").read_text()
     for flags, wanted in (("--preset long", "1500"), ("--lambda-progress", "True")):
         with pytest.raises(UsageError, match=f"; this command asks for {wanted}. Choose another"):
@@ -81,9 +81,7 @@ def test_a_folder_has_every_run_and_refuses_other_settings(finished) -> None:
         demonstrate(f"--batch-size 17 --out {finished}/new")
 
 
-def test_siglip_trains_with_a_bias_and_the_flags_are_in_the_runs_name(
-    emoji, tmp_path, monkeypatch
-) -> None:
+def test_siglip_trains_with_a_bias_and_the_flags_are_in_the_runs_name(emoji, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "time", Namespace(monotonic=iter([3, 8]).__next__))
     flags = "--loss cysiglip --lambda 0.5 --batch-size 6 --steps 2"
     demonstrate(f"{flags} --out {tmp_path}")
@@ -97,17 +95,17 @@ def test_siglip_trains_with_a_bias_and_the_flags_are_in_the_runs_name(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str) -> None:
+def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str):
     """The model's features are those of all first views, and then those of all second views."""
     # Pairs that are alike have a low CLIP loss, so its progress is not 0.
     about, pairs = LOSSES[loss], torch.randn(18, 5) + 0.2 * torch.randn(2, 18, 5)
     x, y = torch.nn.functional.normalize(pairs, dim=-1)
     logits = {"logit_scale": torch.tensor(10.0)}
-    loss_class: Any = partial(CyCLIPLoss, lambda_progress=True)
+    loss_class = partial(CyCLIPLoss, lambda_progress=True)
     if "siglip" in loss:
         logits["logit_bias"], loss_class = torch.tensor(-3.0), CySigLIPLoss
     output = {"image_features": x, "text_features": y, **logits}
-    clip: Any = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
+    clip = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
     config = Namespace(penalty_weight=0.5, reference_batch_size=4, lambda_progress=True)
     found = train.compute_loss(clip, about, train.build_loss(config, about), x, y)
     (i, i2), (t, t2) = (z.chunk(2) if about.views else (z, z) for z in (x, y))
@@ -130,7 +128,7 @@ def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str
 )
 def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_says(
     emoji, name: str, styles: tuple[str, ...]
-) -> None:
+):
     data, held_out = demonstration.open_dataset(emoji, name), name.startswith("new concepts")
     names = data.classes[""]
     reds, greens, _ = data.images.places[:, :, 0, 0].T.tolist()
@@ -149,7 +147,7 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
 
 def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
     finished, tmp_path, monkeypatch, capsys
-) -> None:
+):
     """It is interrupted in the second run. The same seeds give the same bits again."""
     augmented = []
 
@@ -172,7 +170,7 @@ def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
 
 def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
     finished, emoji, tmp_path, monkeypatch
-) -> None:
+):
     monkeypatch.setattr(evaluate, "read_emoji", lambda: emoji)
     runs, name = ("clip-0", "siglip-0"), "new concepts, new styles"
     folders = " ".join(f"{finished}/{run}" for run in runs)
@@ -185,7 +183,7 @@ def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
         assert evaluated["checkpoints"][run]["loss"] == run.removesuffix("-0")
 
 
-def test_a_nan_loss_ends_the_run(emoji, tmp_path, monkeypatch) -> None:
+def test_a_nan_loss_ends_the_run(emoji, tmp_path, monkeypatch):
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFailed, match="clip-0: the loss is nan, at step"):

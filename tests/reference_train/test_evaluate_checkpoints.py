@@ -32,7 +32,7 @@ def run_folder(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"))
 
 
-def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, monkeypatch) -> None:
+def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, monkeypatch):
     checkpoints = tmp_path / "a" / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints.parent / "params.txt").write_text("model: RN50\n")
@@ -60,14 +60,14 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, mo
         ({"loss": None}, "cyclip"),
     ],
 )
-def test_the_settings_of_a_run_decide_its_loss(changes: dict[str, Any], loss: str | None) -> None:
+def test_the_settings_of_a_run_decide_its_loss(changes: dict[str, Any], loss: str | None):
     known = {"seed": 3, "commit": "abc clean"}
     parameters = {**known, "lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **changes}
     assert describe_run("clip", parameters) == {"loss": loss, **known}
     assert describe_run("i-cyclip", {}) == {"loss": "i-cyclip", **dict.fromkeys(known)}
 
 
-def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_path) -> None:
+def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_path):
     """Here in a safetensors file, with nine tokens."""
     model = open_clip.create_model(
         "evaluate-tiny", load_weights=False, init_logit_bias=-10, force_context_length=9
@@ -102,7 +102,7 @@ def released(run_folder, tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt")
 
 
-def test_a_checkpoint_of_the_authors_loads(released, capsys) -> None:
+def test_a_checkpoint_of_the_authors_loads(released, capsys):
     find_checkpoints([released], "RN50", None)
     assert "RN50 has no QuickGELU" in capsys.readouterr().err
     [found] = find_checkpoints([released], QUICK, None)
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_the_authors_loads(released, capsys) -> None:
     torch.testing.assert_close({f"module.{x}": y for x, y in loaded.items()}, saved)
 
 
-def test_weights_saved_as_the_page_says_load_in_openclip(released, tmp_path, monkeypatch) -> None:
+def test_weights_saved_as_the_page_says_load_in_openclip(released, tmp_path, monkeypatch):
     """The block under "What cannot be continued" reads the file without running code in it."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(released.parent, tmp_path / released.parent.name)
@@ -140,7 +140,7 @@ NEW, OLD = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscala
 )
 def test_checkpoints_may_hold_scalars_of_old_and_new_numpy_and_no_other_objects(
     constructor: bytes, loads: bool, released, tmp_path
-) -> None:
+):
     """NumPy 1 called the constructor numpy.core.multiarray.scalar."""
     file = tmp_path / "changed.pt"
     with zipfile.ZipFile(released) as saved, zipfile.ZipFile(file, "w") as changed:

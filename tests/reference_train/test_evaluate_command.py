@@ -60,7 +60,7 @@ TEST, TRAIN = labelled(40, 100), labelled(60, 100)
 GALLERY = 30  # fewer than the training images
 
 
-def test_numbers_are_those_of_openclips_features(run_folder, tmp_path, monkeypatch) -> None:
+def test_numbers_are_those_of_openclips_features(run_folder, tmp_path, monkeypatch):
     """On a data set called CIFAR-100, which has the paper's templates whatever its folder says."""
     data = tmp_path / "wds_VTAB-cifar100"
     write_set(data, {"test": TEST, "train": TRAIN}, classnames="\n".join(CIFAR100_NAMES))
@@ -97,9 +97,7 @@ def test_numbers_are_those_of_openclips_features(run_folder, tmp_path, monkeypat
     assert numbers["linear_probe"] == pytest.approx(probe)
 
 
-def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
-    run_folder, tmp_path
-) -> None:
+def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(run_folder, tmp_path):
     """Captions, icons, a folder of one's own, and the emoji.
 
     Of the sets that fail, one has a wrong number of classes, and one an unreadable picture.
@@ -132,7 +130,7 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
 
 
-def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_path) -> None:
+def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_path):
     """Here the data set has the same pairs."""
     run, shard = shutil.copytree(run_folder, tmp_path / "tiny"), tmp_path / "train.tar"
     with (run / "params.txt").open("a") as file:
@@ -183,7 +181,7 @@ def bad_files(run_folder, tmp_path_factory) -> Path:
 )
 def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(
     arguments: str, message: str, run_folder, bad_files, tmp_path
-) -> None:
+):
     with pytest.raises(UsageError, match=message):
         evaluate(tmp_path / "out", arguments.format(run=run_folder, bad=bad_files))
     assert not list(tmp_path.glob("out/[!.]*"))
@@ -195,12 +193,12 @@ def two_pairs() -> Samples:
 
 def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     run_folder, tmp_path, monkeypatch, capsys
-) -> None:
+):
     """Only the first of three data sets is measured at first.
 
     The second one runs out of memory, and at the third one somebody presses Ctrl-C.
     """
-    measured: list[int] = []  # the number of images of each data set
+    measured = []  # the number of images of each data set
     outcomes = iter([None, torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
     run = shutil.copytree(run_folder, tmp_path / "tiny")
     for name in ("flickr8k", "x"):

@@ -14,7 +14,7 @@ NAMES = open_clip.IMAGENET_CLASSNAMES
 CIFAR100 = ("cifar100", 100, 20)
 
 
-def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path) -> None:
+def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path):
     write_image_folder(tmp_path, ["a_b", "c"])
     (tmp_path / "empty").mkdir()
     assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
@@ -25,7 +25,7 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path) -> N
         open_folders(tmp_path, "x")
 
 
-def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path) -> None:
+def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path):
     """The folders of imagenetv2 have numbers."""
     some = list(range(0, 1000, 5))
     identifiers = ImageNetInfo("imagenet-1k").label_names()
@@ -41,7 +41,7 @@ def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path) -> N
         open_folders(tmp_path / "v2", "imagenet-x")
 
 
-def test_imagenets_class_names_in_another_order_are_refused(tmp_path) -> None:
+def test_imagenets_class_names_in_another_order_are_refused(tmp_path):
     """Otherwise each class would have a wrong superclass, and no number would show it."""
     names = [NAMES[number] for number in datasets.imagenet_classes("imagenet-a", ["?"] * 200)]
 
@@ -56,7 +56,7 @@ def test_imagenets_class_names_in_another_order_are_refused(tmp_path) -> None:
         read(names)
 
 
-def test_superclasses_are_cut_to_the_classes_of_a_dataset(tmp_path) -> None:
+def test_superclasses_are_cut_to_the_classes_of_a_dataset(tmp_path):
     """The numbers of superclasses are those in the authors' histograms, and CIFAR-100's own."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
     for name, count, number in ("imagenet1k", 1000, 67), ("imagenet-r", 200, 49), CIFAR100:

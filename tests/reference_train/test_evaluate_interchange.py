@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from reference_train.evaluate import interchange
 
 
-def test_mixed_galleries_agree_with_loops(monkeypatch) -> None:
+def test_mixed_galleries_agree_with_loops(monkeypatch):
     monkeypatch.setattr(interchange, "STRIP", 7)
     monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
     images, texts = (normalize(torch.randn(n, 4), dim=-1) for n in (40, 45))
@@ -34,7 +34,7 @@ def test_mixed_galleries_agree_with_loops(monkeypatch) -> None:
         assert found["mixed_r10" + ending] == pytest.approx(expected["mixed_r10"])
 
 
-def test_shared_neighbours_are_those_by_hand(monkeypatch) -> None:
+def test_shared_neighbours_are_those_by_hand(monkeypatch):
     monkeypatch.setattr(interchange, "NEIGHBOURS", 1)
     # On an arc the nearest of the images are 1, 0, 1 and 2, and of the texts 1, 2, 1 and 2.
     angles = torch.tensor([[0.0, 1, 3, 7], [0, 5, 6, 8]]) / 10
@@ -43,7 +43,7 @@ def test_shared_neighbours_are_those_by_hand(monkeypatch) -> None:
     assert found["shared_neighbours"] == 0.75
 
 
-def test_heads_see_no_title_twice_and_cross_modalities_without_the_means() -> None:
+def test_heads_see_no_title_twice_and_cross_modalities_without_the_means():
     """Images and texts of a class differ by a shift. Of titles there are 60, with four images."""
     labels, titles = torch.arange(60).repeat(4) % 3, [str(i) for i in range(60)] * 4
     classes, shift = 4 * torch.eye(3, 32), torch.zeros(32)

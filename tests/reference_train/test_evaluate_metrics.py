@@ -47,7 +47,7 @@ def measure(images: Tensor, data: Dataset, texts: dict[str, Tensor], **options: 
 )
 def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
     groups: dict[str, range], monkeypatch
-) -> None:
+):
     """With all images, and in each of two groups with only its images and their captions."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     monkeypatch.setattr(nn.functional, "normalize", lambda x, dim: x)
@@ -70,14 +70,14 @@ def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
         assert {name: numbers[name] for name in expected} == pytest.approx(expected)
 
 
-def test_a_tie_of_neighbours_drops_the_farthest() -> None:
+def test_a_tie_of_neighbours_drops_the_farthest():
     neighbours = torch.tensor([[5, 6, 6], [1, 2, 3], [4, 4, 7]])
     # The majorities of three are 6, 1 (1 2 3 is a tie, and so is 1 2) and 4.
     numbers = metrics.consistency(torch.tensor([6, 1, 7]), neighbours)
     assert numbers == pytest.approx({"consistency_1": 1 / 3, "consistency_3": 2 / 3})
 
 
-def test_coarse_and_fine_accuracy_are_those_counted_by_hand() -> None:
+def test_coarse_and_fine_accuracy_are_those_counted_by_hand():
     """A superclass scores as its best class."""
     superclass = torch.tensor([0, 7, 0, 7, 2])  # numbers with a gap; the last has one class
     # Of the superclasses the right one is the first, the third and the second. Of its own classes
@@ -94,7 +94,7 @@ def test_coarse_and_fine_accuracy_are_those_counted_by_hand() -> None:
     assert (one["coarse"], one["coarse_top3"]) == (1, 1)  # there is no other superclass
 
 
-def test_the_linear_probe_has_the_accuracy_of_the_authors_recipe() -> None:
+def test_the_linear_probe_has_the_accuracy_of_the_authors_recipe():
     """It was compared with their code: 32 epochs of AdamW along a cosine, without normalising."""
     features, test = torch.randn(300, 6), torch.randn(4000, 6)
     labels = (features[:, :4] + torch.randn(300, 4)).argmax(dim=1)
@@ -102,7 +102,7 @@ def test_the_linear_probe_has_the_accuracy_of_the_authors_recipe() -> None:
     assert found == pytest.approx(2799 / 4000, abs=3e-4)
 
 
-def test_a_metric_that_a_style_or_a_task_lacks_is_left_out() -> None:
+def test_a_metric_that_a_style_or_a_task_lacks_is_left_out():
     pictures, texts = torch.nn.functional.normalize(torch.randn(2, 7, 5), dim=-1)
     names = torch.tensor([3, 0, 1, 0, 2, 3, 4])
     classes = {"": Classes(names, [*"uvwxyz"], ["{}"]), "group": Classes(0 * names, ["g"], ["{}"])}

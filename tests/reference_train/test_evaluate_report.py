@@ -21,13 +21,13 @@ TABLES = {
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_committed_table_is_that_of_its_record(table: str) -> None:
+def test_a_committed_table_is_that_of_its_record(table: str):
     path = ROOT / "reference_train" / "results" / f"{table}.md"
     result = read_evaluation(path.with_name(f"{TABLES[table]}.json"))
     assert report.markdown(result) == path.read_text()
 
 
-def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path) -> None:
+def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path):
     table = ROOT / "reference_train" / "results" / "short" / "table.md"
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -47,7 +47,7 @@ def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path) -> None:
         report.main([f"{tmp_path}/a", "--csv", f"{tmp_path}/a/evaluation.json/runs.csv"])
 
 
-def test_a_record_without_settings_is_refused(tmp_path) -> None:
+def test_a_record_without_settings_is_refused(tmp_path):
     Path(tmp_path, "no.json").write_text(json.dumps({part: {} for part in records.PARTS}))
     with pytest.raises(UsageError, match=r"no\.json is no evaluation\.json: .*settings"):
         report.main([f"{tmp_path}/no.json"])
@@ -67,7 +67,7 @@ PROBES = {"May 2022", "April 2022"}
 )
 def test_published_numbers_are_hidden_if_ours_are_of_other_images(
     name: str, images: int, train_images: int, metric: str, sources: set[str], has_note: bool
-) -> None:
+):
     data = {"classes": {"class": 47}, "images": images, "train_images": train_images}
     shown, notes = report.comparable(name, data, [metric])
     assert {row.source for row in shown} == sources

@@ -92,9 +92,7 @@ def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
     return {s.key: s for s in pairs}
 
 
-def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_from(
-    package, built
-) -> None:
+def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_from(package, built):
     manifest = json.loads((built / "manifest.json").read_text())
     assert [*manifest["sets"]] == ["plain", "other"]
     drawn = {key.split("__")[1] for key in samples(built)}
@@ -109,7 +107,7 @@ def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_f
     assert sizes == {path.name: len(samples(built, path.name)) for path in built.glob("*.tar")}
 
 
-def test_a_name_is_held_out_in_all_sets_or_in_none(built) -> None:
+def test_a_name_is_held_out_in_all_sets_or_in_none(built):
     """A held-out name has one picture."""
     held_out_share = sum(icon_sets.is_held_out(f"name {i}") for i in range(10_000)) / 10_000
     assert held_out_share == 0.0202  # pinned: other names would be held out
@@ -128,7 +126,7 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(built) -> None:
 
 def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     package, built, tmp_path, monkeypatch
-) -> None:
+):
     """Another package than the expected one is refused. Without a network there is none."""
     for url, why in (("file:///nowhere", "No such file"), (package.as_uri(), "invalid hash value")):
         monkeypatch.setattr(icons, "URL", url)
@@ -144,7 +142,7 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
         icons.main(f"--out {tmp_path}/some --limit 1".split())
 
 
-def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_own() -> None:
+def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_own():
     keys = map(str, range(100))
     key = next(key for key in keys if icon_sets.colours(Random(key))[1].max() < 0.5)  # dark
     red = np.array([1, 0, 0]), np.ones(3)

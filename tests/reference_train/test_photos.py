@@ -61,7 +61,7 @@ def clones(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, capsys) -> None:
+def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
     # Of the shoes, 34 and 35 and those with their titles are for the test, 36 for validation.
     monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
@@ -92,7 +92,7 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
     assert "skipped" not in capsys.readouterr().err
 
 
-def test_a_clone_without_the_commit_or_a_picture_is_refused(clones, tmp_path) -> None:
+def test_a_clone_without_the_commit_or_a_picture_is_refused(clones, tmp_path):
     with pytest.raises(RunFailed, match="IMagenet is not a whole clone: delete it"):
         list(photos.Repository(photos.TINY, clones).contents(["0" * 40]))
     photos.SOURCES[photos.TINY] = "0" * 40

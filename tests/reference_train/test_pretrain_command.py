@@ -19,16 +19,11 @@ from reference_train.pretrain.presets import BATCH_SIZES
 pytest_plugins = ["pretraining"]
 
 
-@pytest.fixture
-def no_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-
-
 LAMBDAS = {"clip": (0, 0), "cyclip": (1, 1), "c-cyclip": (0, 1), "i-cyclip": (1, 0)}
 LAMBDAS |= {"siglip": (0, 0), "cysiglip": (1, 1), "c-cysiglip": (0, 1)}
 
 
-def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data, dry_run) -> None:
+def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data, dry_run):
     """SigLIP's λ is 1/32, an eighth of the other losses'."""
     assert LAMBDAS.keys() == {name for name, loss in LOSSES.items() if not loss.views}
     for preset, loss in [*product(BATCH_SIZES, ["clip"]), *product(["modern"], LAMBDAS)]:
@@ -51,15 +46,13 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
 
-def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run) -> None:
+def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run):
     for flags, how in ("--views", "autoaugment"), ("--views own", "own"):
         args = dry_run(flags)
         assert (args.views_flag, args.name) == (["--views", how], "modern-cyclip-views-0")
 
 
-def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(
-    data, tmp_path, monkeypatch
-) -> None:
+def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(data, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0)
     monkeypatch.setattr(command, "train", lambda flags: None)
     monkeypatch.setattr(command.patches.TrainerPatches, "install", lambda *_: None)
@@ -72,7 +65,7 @@ def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
-def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatch) -> None:
+def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatch):
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     args = dry_run("-- --workers 2")
@@ -105,8 +98,9 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
     ],
 )
 def test_pretrain_refuses_before_any_work(
-    change: str, message: str, dry_run, no_gpu, tmp_path, monkeypatch
-) -> None:
+    change: str, message: str, dry_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=message) as error:
@@ -117,7 +111,7 @@ def test_pretrain_refuses_before_any_work(
 
 def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_folder(
     data, tmp_path, dry_run
-) -> None:
+):
     """Without such a file, OpenCLIP reads a file __len__."""
     folder = tmp_path / "img2dataset"
     folder.mkdir()
@@ -143,7 +137,7 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
         dry_run(f"--data {tmp_path}/empty.tar::{data}/train-00000.tar")
 
 
-def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(tmp_path) -> None:
+def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(tmp_path):
     """Held-out shards are never trained on. Compressed shards are found, and braces in a path."""
 
     def find(*patterns: str) -> list[str]:

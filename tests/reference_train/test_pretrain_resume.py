@@ -41,7 +41,7 @@ def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
     return again
 
 
-def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(resume_run) -> None:
+def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(resume_run):
     with pytest.raises(UsageError, match="begun with views = None, not own: choose another"):
         resume_run(ours="--views own")
     with pytest.raises(UsageError, match="begun with loss = None, not math:dist: choose another"):
@@ -50,7 +50,7 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
         resume_run(opt="lion")
 
 
-def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path) -> None:
+def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path):
     resume_run()
     file = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"
     file.unlink()
@@ -60,7 +60,7 @@ def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path) -> None:
         resume_run("--seed 1")
 
 
-def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, monkeypatch) -> None:
+def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, monkeypatch):
     """A new version of OpenCLIP may add such a flag."""
     resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug --val-frequency 2")
     parse_args = command.trainer.parse_args
@@ -77,7 +77,7 @@ def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, mon
         resume_run(brand_new_flag=1)
 
 
-def test_another_number_of_ranks_is_refused(resume_run, monkeypatch) -> None:
+def test_another_number_of_ranks_is_refused(resume_run, monkeypatch):
     """Only the first rank prints."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -101,7 +101,7 @@ def finished(pretrain, capsys) -> str:
 
 def test_a_finished_run_says_its_best_epoch_and_is_not_trained_again(
     finished, pretrain, tmp_path, capsys
-) -> None:
+):
     [line] = results(tmp_path)
     assert {"inmodal_gap", "crossmodal_gap"} <= line.keys()
     best = f"the best was 1, clip_val_loss {line['clip_val_loss']:.4f}"
@@ -111,11 +111,11 @@ def test_a_finished_run_says_its_best_epoch_and_is_not_trained_again(
     assert results(tmp_path) == [line]
 
 
-def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monkeypatch) -> None:
-    pushed: list[str] = []
+def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monkeypatch):
+    pushed = []
     hub = sys.modules["open_clip.push_to_hf_hub"]
     monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
-    names: dict[str, Any] = {}
+    names = {}
     for block in blocks("docs/pretraining.md"):  # OpenCLIP loads the best epoch
         exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), names)
     assert pushed == ["NAME/icons-cyclip"]
@@ -123,7 +123,7 @@ def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monke
 
 def test_a_finished_run_takes_more_epochs_and_data_that_moved(
     finished, pretrain, data, tmp_path, monkeypatch
-) -> None:
+):
     checkpoints = tmp_path / "run" / "checkpoints"
     monkeypatch.chdir(data.rename(tmp_path / "moved"))
     pretrain("--epochs 2", data=".")
@@ -131,14 +131,14 @@ def test_a_finished_run_takes_more_epochs_and_data_that_moved(
     assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
 
 
-def test_a_run_records_the_commits_of_its_code(pretrain, tmp_path, monkeypatch) -> None:
+def test_a_run_records_the_commits_of_its_code(pretrain, tmp_path, monkeypatch):
     for epochs, version in ((1, "a clean"), (2, "b dirty"), (3, "b dirty"), (3, "c clean")):
         monkeypatch.setattr(command, "code_version", lambda version=version: version)
         pretrain(f"--epochs {epochs}")
     assert runs.read_parameters(tmp_path / "run" / "params.txt")["commit"] == "a clean, b dirty"
 
 
-def test_the_commit_is_of_code_that_git_tracks(tmp_path, monkeypatch) -> None:
+def test_the_commit_is_of_code_that_git_tracks(tmp_path, monkeypatch):
     file = tmp_path / "code.py"
     for module in (runs, runs.cyclip_loss):
         monkeypatch.setattr(module, "__file__", str(file))
@@ -151,9 +151,7 @@ def test_the_commit_is_of_code_that_git_tracks(tmp_path, monkeypatch) -> None:
     assert (len(version), runs.code_version()) == (46, version.replace("clean", "dirty"))
 
 
-def test_a_run_refuses_other_data_and_a_damaged_checkpoint(
-    finished, pretrain, data, tmp_path
-) -> None:
+def test_a_run_refuses_other_data_and_a_damaged_checkpoint(finished, pretrain, data, tmp_path):
     shard = (data / "train-00003.tar").rename(tmp_path / "shard")
     with pytest.raises(UsageError, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
         pretrain("--workers 0")
@@ -182,7 +180,7 @@ runpy.run_module("reference_train", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_finishes(pretrain, data, tmp_path) -> None:
+def test_a_killed_run_resumes_and_finishes(pretrain, data, tmp_path):
     # Workers that a forkserver starts would outlive the killed process, and hold its pipes open.
     argv = f"""
         pretrain --preset icons --batch-size 8 --data {data} --out {tmp_path} --name run

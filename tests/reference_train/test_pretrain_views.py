@@ -22,10 +22,10 @@ pytest_plugins = ["pretraining"]
 FEATURES = ("image_features", "text_features")
 
 
-def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, caplog) -> None:
+def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, caplog):
     """The second views, in every second row of the model's features, are the augmented ones."""
     caplog.set_level(logging.INFO)
-    calls: list[dict[str, Any]] = []
+    calls = []
     encode = open_clip.CLIP.forward
 
     def record(model: Any, image: Tensor, text: Tensor) -> Any:
@@ -58,12 +58,12 @@ def views_drawn(caption: str) -> set[tuple[str, ...]]:
     return {tuple(views.TwoViewsTokenizer(np.array)([caption])[0]) for _ in range(300)}
 
 
-def test_views_of_several_captions_are_any_two_of_them() -> None:
+def test_views_of_several_captions_are_any_two_of_them():
     captions = ("a red fox", "a fox in snow", "fox")
     assert views_drawn(" \n ".join((*captions, ""))) == set(permutations(captions, 2))
 
 
-def test_the_second_view_of_one_caption_swaps_words_or_leaves_some_out() -> None:
+def test_the_second_view_of_one_caption_swaps_words_or_leaves_some_out():
     for too_short in ("fox", ""):
         assert views_drawn(too_short) == {(too_short, too_short)}
     drawn = views_drawn("red fox jumps")
@@ -75,7 +75,7 @@ def test_the_second_view_of_one_caption_swaps_words_or_leaves_some_out() -> None
     assert seconds & shortened
 
 
-def test_both_pictures_are_transformed_and_autoaugment_changes_the_second() -> None:
+def test_both_pictures_are_transformed_and_autoaugment_changes_the_second():
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     picture = Image.fromarray(ramp).convert("P")  # with a palette
     own, augmented = (views.TwoViewsTransform(pil_to_tensor, how) for how in ("own", "autoaugment"))
@@ -87,7 +87,7 @@ def test_both_pictures_are_transformed_and_autoaugment_changes_the_second() -> N
     assert len({str(second.tolist()) for _, second in drawn}) > 5
 
 
-def test_the_printed_module_trains_with_views_if_they_are_asked_for(monkeypatch) -> None:
+def test_the_printed_module_trains_with_views_if_they_are_asked_for(monkeypatch):
     runs = []
     for name in ("get_data", "create_model_and_transforms"):
         monkeypatch.setattr(trainer, name, name)

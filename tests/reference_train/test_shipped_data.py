@@ -23,7 +23,7 @@ def shipped():
         yield read
 
 
-def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped) -> None:
+def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped):
     evaluated = open_emoji()
     names, subgroups = evaluated.classes[""], evaluated.classes["subgroup"]
     assert [[names.names[concept]] for concept in names.labels.tolist()] == evaluated.captions
@@ -33,9 +33,7 @@ def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped)
 
 
 @pytest.mark.parametrize("preset", demo.PRESETS)
-def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(
-    preset: str, shipped
-) -> None:
+def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(preset: str, shipped):
     """Its questions leave out the quarter of the trained concepts on which settings were chosen."""
     path = Path(ROOT, "reference_train", "results", preset, "evaluation.json")
     record = json.loads(path.read_text())
@@ -53,7 +51,7 @@ KNOWN = {"cyclip": 9.569, "cyclip-views": 8.552}
 @pytest.mark.parametrize("loss", KNOWN)
 def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
     loss: str, shipped, tmp_path, monkeypatch
-) -> None:
+):
     """They change with the data, the augmentation, the model, the optimiser and its schedule."""
     monkeypatch.setattr(train, "track", lambda *_: range(5))  # the schedule is that of 620 steps
     monkeypatch.setattr(demo, "measure", lambda *_: {"numbers": {}, "groups": {}})

@@ -60,8 +60,7 @@ def scale_gradient_on_rank(rank: int, world_size: int) -> Tensor:
     model = tiny_clip().double()
     names = model(images, tokens) | {"loss_fn": CyCLIPLoss()}
     names["log_scale"] = nn.Parameter(model.logit_scale.detach().clone())
-    grad: Tensor = run("A logit scale outside of DDP", **names)["log_scale"].grad
-    return grad
+    return run("A logit scale outside of DDP", **names)["log_scale"].grad
 
 
 def tiny_hugging_face(family: str = "CLIP") -> nn.Module:

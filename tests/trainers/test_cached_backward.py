@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs import Tensors
 from pool import Collectives, own_device
 from support import examples
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def joined_loss(
     return loss_fn(**arguments, **options)
 
 
-def results(model: nn.Module) -> dict[str, Tensor]:
+def results(model: nn.Module) -> Tensors:
     """Gradients and buffers by name, whole on each rank, on the CPU."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = {}
@@ -116,7 +117,7 @@ def results(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+def assert_close(found: Tensors, expected: Tensors, rtol: float = 1e-9) -> None:
     """Equal up to rtol times the largest element of all; with the same names."""
     largest = max(float(x.abs().max()) for x in expected.values())
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-3 * rtol * largest)
@@ -151,7 +152,7 @@ def with_inner_checkpoints(model: Model) -> Model:
 
 @examples(0.5)
 @given(rows=st.integers(1, 12), mini_batch_size=st.integers(1, 14))
-def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: int) -> None:
+def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: int):
     """In evaluation, when rows do not depend on each other."""
     model, expected_model = make(training=False), make(training=False)
     options = {"mini_batch_size": mini_batch_size, "output_transform": lambda x: tuple(x.values())}
@@ -160,7 +161,7 @@ def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: 
     assert_close(results(model), results(expected_model))
 
 
-def test_a_compiled_model_runs_compiled_for_one_shape_or_two() -> None:
+def test_a_compiled_model_runs_compiled_for_one_shape_or_two():
     """Mini-batches have four rows or three."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -170,7 +171,7 @@ def test_a_compiled_model_runs_compiled_for_one_shape_or_two() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype, device) -> None:
+def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype, device):
     """float32 sums over the mini-batches: one in 16 bits would be off by 1e-3 and more."""
     model, expected_model = (make().float() for _ in range(2))
     batch, scale, scaler = [x.float() for x in inputs(64)], 1.0, None
@@ -251,7 +252,7 @@ def subtract_mean(tower: Any, args: tuple[Tensor]) -> Tensor:
     return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
 
 
-CASES: dict[str, Names] = {
+CASES = {
     "dropout": {},
     "inner checkpoints": {"wrap": with_inner_checkpoints},
     "views, negatives and ids": {"ids": torch.arange(N) % 7},
@@ -261,11 +262,11 @@ CASES: dict[str, Names] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_and_buffers_are_those_of_one_graph(case: str) -> None:
+def test_gradients_and_buffers_are_those_of_one_graph(case: str):
     compare_steps(**CASES[case])
 
 
-def test_one_mini_batch_runs_once_and_checkpoints_in_the_model_stop_early() -> None:
+def test_one_mini_batch_runs_once_and_checkpoints_in_the_model_stop_early():
     model, calls = with_inner_checkpoints(make()), Counter()
     model.image[-1].register_forward_hook(lambda *_: calls.update(["image"]))
     for mini_batch_size, expected in ((N, 1), (np.int64(6), 1 + 2 * 2), (10**30, 6)):
@@ -273,7 +274,7 @@ def test_one_mini_batch_runs_once_and_checkpoints_in_the_model_stop_early() -> N
         assert calls == {"image": expected}
 
 
-def test_an_error_in_backward_leaves_the_buffers_of_one_run() -> None:
+def test_an_error_in_backward_leaves_the_buffers_of_one_run():
     def fail(grad: Tensor) -> None:
         raise ArithmeticError
 
@@ -285,7 +286,7 @@ def test_an_error_in_backward_leaves_the_buffers_of_one_run() -> None:
     assert_close(dict(model.named_buffers()), dict(expected_model.named_buffers()))
 
 
-def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> None:
+def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model():
     """So the model runs a second time before backward, and a third time in backward."""
 
     def loss_fn(**features: Tensor) -> Tensor:
@@ -304,9 +305,6 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> 
             joined_loss(model, loss_fn, *inputs(), count=3).backward()
         found.append(results(model))
     assert_close(*found)
-
-
-ZERO = torch.tensor([0])
 
 
 @pytest.mark.parametrize(
@@ -331,7 +329,7 @@ ZERO = torch.tensor([0])
 )
 def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
     change: Callable[..., Tensor], dtype: torch.dtype, autocast: bool, is_error: bool, device
-) -> None:
+):
     """change(x, y, call): the output of a tower instead of y = tower(x). Calls 0 to 2 are first."""
     model, calls = make(training=False).float(), itertools.count()
     model.image.register_forward_hook(lambda _, args, output: change(*args, output, next(calls)))
@@ -351,8 +349,8 @@ class HasAnotherOutput(Model):
         return {**super().forward(images, texts), "other": self.image(2 * images)}
 
 
-def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+def test_activations_of_one_mini_batch_are_alive_at_a_time():
+    alive = weakref.WeakSet()
     most = 0
 
     def remember(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -383,7 +381,7 @@ def sees_ddps_own_forward(rank: int, world_size: int) -> bool:
     return {*seen} == {original} and "forward" not in vars(model.text)
 
 
-def test_ddps_modules_may_run_twice_with_hooks_and_its_class_stays_as_it_is(ranks) -> None:
+def test_ddps_modules_may_run_twice_with_hooks_and_its_class_stays_as_it_is(ranks):
     assert ranks.run(2, sees_ddps_own_forward) == [True, True]
 
 
@@ -412,7 +410,7 @@ def on_rank(
     wrapper: str,
     rows: tuple[int, ...],
     mini_batch_sizes: tuple[int, ...],
-) -> tuple[dict[str, Tensor], list[Counter[str]]]:
+) -> tuple[Tensors, list[Counter[str]]]:
     """The results of the last step, and the collectives of an ordinary and of a cached step."""
     model = wrapped(make(training=False), wrapper)
     loss_fn = CyCLIPLoss(uneven=len(set(rows)) > 1)
@@ -449,7 +447,7 @@ def on_rank(
 )
 def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
     wrapper: str, rows: tuple[int, ...], mini_batch_sizes: tuple[int, ...], ranks
-) -> None:
+):
     model = make(training=False)
     joined_loss(model, CyCLIPLoss(), *inputs(sum(rows)), count=1).backward()
     for found, counts in ranks.run(len(rows), on_rank, wrapper, rows, mini_batch_sizes):
@@ -473,12 +471,12 @@ def number_of_runs(rank: int, world_size: int) -> int:
     return calls.total()
 
 
-def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks) -> None:
+def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks):
     assert ranks.run(3, number_of_runs) == [0, 4, 4]
 
 
 @pytest.mark.parametrize("column", [0, 2])
-def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column: int) -> None:
+def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column: int):
     """Some rows have negatives: row 3, or rows 6 and 10. The mini-batches start at 0, 4 and 8."""
 
     def features(output: Names) -> Names:
@@ -520,7 +518,7 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column: 
         ({"process_group": "x"}, TypeError, "process_group must be"),
     ],
 )  # fmt: skip
-def test_a_wrong_use_is_named(options: Names, error: type[Exception], message: str) -> None:
+def test_a_wrong_use_is_named(options: Names, error: type[Exception], message: str):
     arguments = {"inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4} | options
     model = make()
     call = partial(cached_backward, arguments.pop("model", model), arguments.pop("loss_fn"))

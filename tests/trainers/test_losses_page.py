@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import value_and_grads
-from inputs import pairs
+from inputs import Tensors, pairs
 from torch import Tensor
 
 import cyclip_loss
@@ -38,7 +38,7 @@ def random_features(n: int, seed: int) -> Tensor:
     return pairs(n, D, seed=seed, device="cpu")[0]
 
 
-def make_data(n: int) -> dict[str, Tensor]:
+def make_data(n: int) -> Tensors:
     """The variables of the recipes for the whole batch, by name."""
     image, text = pairs(n, D, 0.5, device="cpu")
     return {
@@ -66,10 +66,10 @@ def make_data(n: int) -> dict[str, Tensor]:
 
 
 def run_block(
-    block: str, data: dict[str, Tensor], n: int, ids: Tensor | None = None, **options: Any
+    block: str, data: Tensors, n: int, ids: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
-    names: dict[str, Any] = dict(data)
+    names = dict(data)
     exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, ids=ids, **options)
     names["CyCLIPLoss"] = lambda *lambdas: partial(
@@ -93,8 +93,7 @@ def run_block(
     # Shuffles within a rank are not those of the whole batch, so rows keep their order.
     with mock.patch.object(torch, "randperm", torch.arange):
         exec(block, names)
-    loss: Tensor = names["loss"]
-    return loss
+    return names["loss"]
 
 
 def moving_averages(n: int) -> Tensor:
@@ -123,26 +122,26 @@ def both_ways(logits: Tensor, negatives: Tensor) -> Tensor:
     return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)) / 2
 
 
-def logits_of(data: dict[str, Tensor]) -> Tensor:
+def logits_of(data: Tensors) -> Tensor:
     return data["logit_scale"] * data["image_features"] @ data["text_features"].T
 
 
-def clip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def clip(data, negatives):
     return both_ways(logits_of(data), negatives).mean()
 
 
-def one_way(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def one_way(data, negatives):
     documents = torch.cat((data["text_features"], data["hard_negatives"]))
     return cross_entropy(20 * data["image_features"] @ documents.T, negatives).mean()
 
 
-def two_kinds_of_negatives(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def two_kinds_of_negatives(data, negatives):
     queries = data["image_features"]
     logits = 20 * queries @ torch.cat((data["text_features"], queries)).T
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
 
 
-def several_captions(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def several_captions(data, negatives):
     ids, other_ids = data["image_ids"], data["other_ids"]
     captions = torch.cat((data["text_features"], data["other_captions"]))
     logits = data["logit_scale"] * data["image_features"] @ captions.T
@@ -151,11 +150,11 @@ def several_captions(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (cross_entropy(logits, kept) + columns).mean() / 2
 
 
-def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def weighted(data, negatives):
     return (data["weights"] * both_ways(logits_of(data), negatives)).mean()
 
 
-def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def negatives_of_each_row(data, negatives):
     logits = logits_of(data)
     own = torch.einsum("nd,nkd->nk", data["image_features"], data["own_negatives"])
     own = (data["logit_scale"] * own).masked_fill(~data["is_negative"], -torch.inf)
@@ -164,13 +163,13 @@ def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (cross_entropy(row_logits, negatives) + columns).mean() / 2
 
 
-def hardness(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def hardness(data, negatives):
     cosines = data["image_features"] @ data["text_features"].T
     logits = data["logit_scale"] * cosines + NUMBERS["alpha"] * cosines.where(negatives, 0.0)
     return both_ways(logits, negatives).mean()
 
 
-def crowding(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def crowding(data, negatives):
     images, texts, logits = data["image_features"], data["text_features"], logits_of(data)
     loss = 0
     for rows, x in ((logits, texts), (logits.T, images)):
@@ -179,7 +178,7 @@ def crowding(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def label_smoothing(data, negatives):
     logits, target = logits_of(data), torch.arange(len(negatives))
     return sum(
         F.cross_entropy(x, target, label_smoothing=NUMBERS["smoothing"]) / 2
@@ -187,44 +186,44 @@ def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     )
 
 
-def soft_targets(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def soft_targets(data, negatives):
     logits = logits_of(data)
     teacher = TEACHER_SCALE * data["teacher_images"] @ data["teacher_texts"].T
     ways = ((logits, teacher), (logits.T, teacher.T))
     return sum(F.cross_entropy(x, soft.softmax(dim=1)) / 2 for x, soft in ways)
 
 
-def continuous_weights(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def continuous_weights(data, negatives):
     weights = 1 + data["teacher_images"] @ data["teacher_images"].T
     targets = weights / weights.sum(dim=1, keepdim=True)
     logits = logits_of(data)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def log_q(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def log_q(data, negatives):
     return both_ways(logits_of(data) + data["log_weights"], negatives).mean()
 
 
-def logits_of_views(data: dict[str, Tensor]) -> Tensor:
+def logits_of_views(data: Tensors) -> Tensor:
     """Of the 2 N views with each other, without a view's with itself."""
     views = torch.cat((data["image_features"], data["text_features"]))
     itself = torch.eye(len(views), dtype=torch.bool)
     return (data["logit_scale"] * views @ views.T).masked_fill(itself, -torch.inf)
 
 
-def simclr(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def simclr(data, negatives):
     target = torch.arange(2 * len(negatives)).roll(len(negatives))
     return F.cross_entropy(logits_of_views(data), target)
 
 
-def supcon(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def supcon(data, negatives):
     labels = data["labels"].repeat(2)
     positive = (labels[:, None] == labels) & mask(len(labels), None)
     log_p = logits_of_views(data).log_softmax(dim=1).where(positive, 0.0)
     return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean()
 
 
-def matryoshka(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def matryoshka(data, negatives):
     loss = 0
     for width in WIDTHS:
         names = ("image_features", "text_features")
@@ -233,7 +232,7 @@ def matryoshka(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def queue(data, negatives):
     loss = 0
     for this, other in (("image", "text"), ("text", "image")):
         columns = torch.cat((data[f"{other}_features"], data[f"{other}_queue"]))
@@ -242,7 +241,7 @@ def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def three_modalities(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def three_modalities(data, negatives):
     features = [data[f"{name}_features"] for name in ("image", "text", "audio")]
     loss = 0
     for x in features:
@@ -252,13 +251,13 @@ def three_modalities(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-def decoupled(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def decoupled(data, negatives):
     logits = logits_of(data)
     kept = logits.where(negatives, -torch.inf)
     return (kept.logsumexp(1) + kept.logsumexp(0) - 2 * logits.diagonal()).mean() / 2
 
 
-def debiased(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def debiased(data, negatives):
     exps = logits_of(data).exp()
     count = len(exps) - 1
     mean = exps.where(negatives, 0.0).sum(dim=1) / count
@@ -267,7 +266,7 @@ def debiased(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return torch.log(1 + count * g / exps.diagonal()).mean()
 
 
-def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def moving_average(data, negatives):
     logits, n = logits_of(data), len(negatives)
     g = logits.exp().where(negatives, 0.0).sum(dim=1) / (n - 1)
     old = moving_averages(n).exp()
@@ -275,43 +274,43 @@ def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (g / u - logits.diagonal()).mean()
 
 
-def uniformity(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def uniformity(data, negatives):
     images = data["image_features"]
     distances = (images[:, None] - images).square().sum(dim=2)
     return (-2 * distances)[mask(len(images), None)].exp().mean().log()
 
 
-def temperatures(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def temperatures(data, negatives):
     logits = data["row_scales"][:, None] * (data["image_features"] @ data["text_features"].T)
     return cross_entropy(logits, negatives).mean()
 
 
-def margin(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def margin(data, negatives):
     logits = logits_of(data)
     limit = logits.diagonal()[:, None] + data["logit_scale"] * NUMBERS["margin"]
     return cross_entropy(logits, negatives & (logits <= limit)).mean()
 
 
-def guide(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def guide(data, negatives):
     similarities = data["teacher_images"] @ data["teacher_texts"].T
     limit = similarities.diagonal()[:, None] - NUMBERS["margin"]
     kept, logits = negatives & (similarities <= limit), logits_of(data)
     return (cross_entropy(logits, kept) + cross_entropy(logits.T, kept.T)).mean() / 2
 
 
-def token_scores(data: dict[str, Tensor], queries: str, documents: str) -> Tensor:
+def token_scores(data: Tensors, queries: str, documents: str) -> Tensor:
     """(N, N, tokens of a query): the largest similarity to a token of the document, or 0."""
     both = data[f"{queries}_tokens"][:, None, :, None] * data[f"{documents}_tokens"][:, None]
     largest = both.sum(-1).where(data[f"{documents}_mask"][:, None], -torch.inf).max(-1).values
     return largest * data[f"{queries}_mask"][:, None]
 
 
-def maxsim(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def maxsim(data, negatives):
     logits = data["logit_scale"] * token_scores(data, "text", "image").sum(2)
     return both_ways(logits, negatives).mean()
 
 
-def filip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+def filip(data, negatives):
     loss = 0
     for queries, documents in (("image", "text"), ("text", "image")):
         counts = data[f"{queries}_mask"].sum(1)[:, None]
@@ -320,8 +319,9 @@ def filip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return loss
 
 
-# A text that only this block of the page has -> its N x N form.
-DENSE: dict[str, Callable[..., Tensor]] = {
+# A text that only this block of the page has -> its N x N form: the loss of the variables that
+# `make_data` makes, with the mask of the negatives.
+DENSE = {
     "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,
@@ -360,7 +360,7 @@ def recipes(answer: str = "") -> list[str]:
     return [marker for marker in DENSE for text in sections if marker in text and answer in text]
 
 
-def results(loss_fn: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
+def results(loss_fn: Callable[..., Tensor], data: Tensors) -> Tensors:
     """The loss of these variables and a logit scale, under "value", and its gradients by name."""
 
     def of_unit_rows(**leaves: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ def results(loss_fn: Callable[..., Tensor], data: dict[str, Tensor]) -> dict[str
     return value_and_grads(of_unit_rows, {**data, "logit_scale": scale}, CONSTANTS)
 
 
-def expected(marker: str, n: int, ids: Tensor | None) -> dict[str, Tensor]:
+def expected(marker: str, n: int, ids: Tensor | None) -> Tensors:
     return results(lambda data: DENSE[marker](data, mask(n, ids)), make_data(n))
 
 
@@ -385,13 +385,13 @@ SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinc
 
 
 @pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
-def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> None:
+def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int):
     ids = torch.arange(n) % distinct if distinct else None
     found = results(lambda data: run_block(block_with(marker), data, n, ids), make_data(n))
     torch.testing.assert_close(found, expected(marker, n, ids), **CLOSE)
 
 
-def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> dict[str, Tensor]:
+def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> Tensors:
     own = {name: x.chunk(world_size)[rank] for name, x in make_data(n).items()}
     block = block_with(ACROSS_RANKS.get(marker, marker))
     return results(lambda data: run_block(block, data, n, dist_impl=dist_impl), own)
@@ -401,7 +401,7 @@ def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> dic
 @pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring")])
 def test_a_recipe_across_ranks_equals_its_dense_form(
     marker: str, world_size: int, dist_impl: str, ranks
-) -> None:
+):
     n = 12
     answers = ranks.run(world_size, step, marker, n, dist_impl)
     exact = expected(marker, n, None)
@@ -413,7 +413,7 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
         torch.testing.assert_close(found / world_size, right, **CLOSE, msg=name)
 
 
-def test_every_recipe_of_the_page_is_compared() -> None:
+def test_every_recipe_of_the_page_is_compared():
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
     assert len(recipes("Ranks: yes")) == len(DENSE) - 1  # one is for one process
@@ -424,7 +424,7 @@ def test_every_recipe_of_the_page_is_compared() -> None:
     # The first has too many logits to keep their exponentials.
     [("expected_partner(teacher_images", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
 )
-def test_soft_targets_and_maxsim_need_no_matrix(marker: str, n: int, tokens: int) -> None:
+def test_soft_targets_and_maxsim_need_no_matrix(marker: str, n: int, tokens: int):
     """In float64. The N x N forms keep several matrices, of similarities of tokens."""
     torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
     block = block_with(marker)

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("open_clip_train.main")
 pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 
-from inputs import TERMS
+from inputs import TERMS, Tensors
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
 from pages import blocks
@@ -61,8 +61,8 @@ class LogQ(nn.Module):
         super().__init__()
         self.register_buffer("log_weight", torch.tensor(log_weight))
 
-    def forward(self, image_features: Tensor, **outputs: Tensor) -> dict[str, Tensor]:
-        names: dict[str, Any] = {**outputs, "image_features": image_features}
+    def forward(self, image_features: Tensor, **outputs: Tensor) -> Tensors:
+        names = {**outputs, "image_features": image_features}
         names["log_weights"] = self.log_weight.expand(len(image_features))
         page = blocks("docs/losses.md")
         exec(page[0] + next(block for block in page if "log_weights" in block), names)
@@ -113,7 +113,7 @@ def own_ranks() -> Iterator[Ranks]:
 )
 def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
     flags: tuple[str, ...], parameters: tuple[str, ...], terms, own_ranks, tmp_path
-) -> None:
+):
     """The recipes' command line, but with a tiny model and the emoji. The terms sum to the loss."""
     (command,) = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
@@ -248,7 +248,7 @@ SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
 )
 def test_a_loss_is_replaced_or_gets_the_penalties(
     version: str, theirs: nn.Module, given: tuple[str, ...], ours: nn.Module, monkeypatch
-) -> None:
+):
     trainer = Trainer(theirs, version, epoch=2)
     for _ in range(2):  # a process may train twice
         loss = launch(trainer, monkeypatch, *given, "--epochs", "3").loss
@@ -264,7 +264,7 @@ def test_a_loss_is_replaced_or_gets_the_penalties(
 )
 def test_the_chosen_loss_is_trained_with_the_penalties_that_are_asked_for(
     given, inmodal: float, version: str, monkeypatch
-) -> None:
+):
     trainer = launch(Trainer(SigLipLoss(), version), monkeypatch, *given)
     terms = dict(trainer.terms[0])
     expected = CyCLIPLoss(inmodal, 0, **OF_32)(**Model()(IMAGES), output_dict=True)
@@ -281,7 +281,7 @@ def without_scale(image_features, text_features) -> Tensor:
     return (image_features * text_features).sum()
 
 
-def total(image_features, text_features, logit_scale) -> dict[str, Tensor]:
+def total(image_features, text_features, logit_scale) -> Tensors:
     return {"total": image_features.sum()}
 
 
@@ -290,28 +290,27 @@ DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 
 
 @pytest.mark.parametrize(
-    ("trainer", "given", "message"),
+    ("settings", "given", "message"),
     [
-        (Trainer(ClipLoss(), calls=False), (), "did not call the CyCLIP loss"),
-        (Trainer(nn.CrossEntropyLoss()), (), "Loss.forward takes ['input', 'target']"),
-        (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
-        (Trainer(ClipLoss(), skip_scheduler=True), ("--lambda-warmup", "2"), "--skip-scheduler"),
-        (Trainer(ClipLoss(), accum_freq=2), (CAPTIONS, "ignored"), "excludes --accum-freq above 1"),
-        (Trainer(ClipLoss(), torchscript=True), (CAPTIONS, "ignored"), "and --torchscript"),
-        (Trainer(DistillClipLoss()), RING, "--dist-impl need CLIP's or SigLIP's loss"),
-        (Trainer(ClipLoss(), failure=DEVICES), (), "OpenCLIP 3 can't train with several"),
-        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:values_of_pairs"), "Tensor (6,)"),
-        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:total"), "the keys ['total']"),
-        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:without_scale"), "'logit_scale'"),
-        (Trainer(ClipLoss()), ("--loss", "torch.nn:Bilinear"), "--loss-arguments: "),
-        (Trainer(ClipLoss()), ("--loss", "test_open_clip_train:Model"), "has parameters"),
-        (Trainer(ClipLoss()), (*DENSE, *LOG_Q[2:]), "has incorrect arguments"),
-        (Trainer(ClipLoss()), (*DENSE, *RING), "--dist-impl need CLIP's or SigLIP's loss"),
+        ({"calls": False}, (), "did not call the CyCLIP loss"),
+        ({"theirs": nn.CrossEntropyLoss()}, (), "Loss.forward takes ['input', 'target']"),
+        ({"horovod": True}, (), "--horovod is not supported"),
+        ({"skip_scheduler": True}, ("--lambda-warmup", "2"), "--skip-scheduler"),
+        ({"accum_freq": 2}, (CAPTIONS, "ignored"), "excludes --accum-freq above 1"),
+        ({"torchscript": True}, (CAPTIONS, "ignored"), "and --torchscript"),
+        ({"theirs": DistillClipLoss()}, RING, "--dist-impl need CLIP's or SigLIP's loss"),
+        ({"failure": DEVICES}, (), "OpenCLIP 3 can't train with several"),
+        ({}, ("--loss", "test_open_clip_train:values_of_pairs"), "Tensor (6,)"),
+        ({}, ("--loss", "test_open_clip_train:total"), "the keys ['total']"),
+        ({}, ("--loss", "test_open_clip_train:without_scale"), "'logit_scale'"),
+        ({}, ("--loss", "torch.nn:Bilinear"), "--loss-arguments: "),
+        ({}, ("--loss", "test_open_clip_train:Model"), "has parameters"),
+        ({}, (*DENSE, *LOG_Q[2:]), "has incorrect arguments"),
+        ({}, (*DENSE, *RING), "--dist-impl need CLIP's or SigLIP's loss"),
     ],
 )
-def test_unsupported_runs_stop_with_one_line(
-    trainer: Trainer, given, message: str, monkeypatch
-) -> None:
+def test_unsupported_runs_stop_with_one_line(settings: dict, given, message: str, monkeypatch):
+    trainer = Trainer(**{"theirs": ClipLoss(), **settings})
     with pytest.raises(SystemExit) as stopped:
         launch(trainer, monkeypatch, *given)
     assert message in str(stopped.value)
@@ -339,14 +338,14 @@ def test_unsupported_runs_stop_with_one_line(
         ("--lambda-progress", "--siglip", "excludes --lambda-warmup, --loss and --siglip"),
     ],
 )
-def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:
+def test_bad_flags_are_refused(flag, wrong, message, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         open_clip_train.main([flag, wrong])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--lambda-inmodl", "--lr-schedulr"])  # ours, and OpenCLIP's
-def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path, monkeypatch, capsys) -> None:
+def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["open_clip_train", flag, "0.5", "--logs", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^unrecognized arguments: {flag} 0.5$"):
         open_clip_train.main()
@@ -354,7 +353,7 @@ def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeypatch) -> None:
+def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeypatch):
     """It is asked for on the device that OpenCLIP gives this rank."""
     monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
     trainer, message = Trainer(ClipLoss()), "the kernels do not support meta"
@@ -378,7 +377,7 @@ def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeyp
 )
 def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     theirs, schedule: str, warmup: str, length: int, epoch: int, monkeypatch
-) -> None:
+):
     """The warm-up is a number of steps or a fraction of all ten steps. Some runs are resumed."""
     argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
     trainer = Trainer(theirs(), epoch=epoch, schedule=schedule)
@@ -403,7 +402,7 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
 )
 def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
     theirs: nn.Module, world_size: int, given, warns: bool, monkeypatch, caplog
-) -> None:
+):
     """All ranks and accumulated batches count: they are in one call."""
     sizes = {"batch_size": 128, "accum_freq": 4, "world_size": world_size}
     launch(Trainer(theirs, epoch=2, **sizes), monkeypatch, *given)
@@ -420,7 +419,7 @@ def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
 )
 def test_the_loss_gets_ids_of_the_captions(
     theirs, ours, flags, version: str, same: str, monkeypatch
-) -> None:
+):
     """OpenCLIP itself passes no captions to the loss."""
     trainer = launch(Trainer(theirs(), version), monkeypatch, CAPTIONS, same, *flags)
     loss_fn = ours(**OF_32, same_ids=same)
@@ -428,14 +427,14 @@ def test_the_loss_gets_ids_of_the_captions(
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
 
 
-def test_the_command_fails_if_the_trainer_fails(monkeypatch) -> None:
+def test_the_command_fails_if_the_trainer_fails(monkeypatch):
     trainer = Trainer(ClipLoss())
     trainer.main = lambda argv: -1
     with pytest.raises(SystemExit, match=r"^1$"):
         launch(trainer, monkeypatch)
 
 
-def test_without_open_clips_trainer_one_line_says_what_to_install(monkeypatch) -> None:
+def test_without_open_clips_trainer_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip_train.main", None)
     with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):
         open_clip_train.main([])

@@ -68,7 +68,7 @@ TRAINING = [
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
-def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, package: str) -> None:
+def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, package: str):
     names, module = prepared(), pytest.importorskip(package)
     if package == "lightning":
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -86,7 +86,7 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
     torch.testing.assert_close(found, last_loss_and_scale())
 
 
-def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch) -> None:
+def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch):
     """The two towers are so far apart that, with the means, images are the nearest of an image."""
 
     class Towers(torch.nn.Module):
@@ -106,14 +106,14 @@ def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch
     assert torch.equal(means["text"], Towers()(*loader)["text_features"].mean(dim=0))
 
 
-def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
+def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains():
     names = run(recipe_cases.LARGE_BATCH, 3, **prepared())
     model, start = names["model"], prepared()["model"]
     torch.testing.assert_close(model.visual.state_dict(), start.visual.state_dict())
     assert not torch.equal(model.text_projection, start.text_projection)
 
 
-def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
+def test_siglips_and_cocas_recipes_have_the_penalties_as_terms():
     images, tokens = batch()
     clip, coca = tiny_clip(), recipe_cases.tiny_coca()
     clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
@@ -128,7 +128,7 @@ POSITIVES = CyCLIPLoss(**ADVISED, same_ids="positives")
 
 
 @pytest.mark.parametrize("block", [0, 1, 2], ids=["class names", "person ids", "captions"])
-def test_rows_of_a_class_a_person_or_an_image_are_positives(block: int) -> None:
+def test_rows_of_a_class_a_person_or_an_image_are_positives(block: int):
     model, (images, tokens), loss_fn = tiny_clip(), batch(), POSITIVES
     tokens[31] = tokens[30]
     if block == 0:  # images of a class, whatever their captions; else images with equal captions
@@ -147,7 +147,7 @@ def test_rows_of_a_class_a_person_or_an_image_are_positives(block: int) -> None:
     torch.testing.assert_close(found, loss_fn(**model(images, tokens), ids=ids))
 
 
-def test_hard_negatives_give_the_loss_of_negclip() -> None:
+def test_hard_negatives_give_the_loss_of_negclip():
     """Images have a logit for each hard negative. Hard negatives have no logits of their own."""
     model, (images, tokens) = tiny_clip(), batch()
     made = tokens[:, [0, 2, 1, *range(3, 12)]][:20]
@@ -159,7 +159,7 @@ def test_hard_negatives_give_the_loss_of_negclip() -> None:
     torch.testing.assert_close(found, sum(both) / 2)
 
 
-def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
+def test_views_are_drawn_and_the_loss_has_their_inmodal_term():
     """The recipe runs from pictures and captions to the loss."""
     random.seed(0)
     model, loss_fn = tiny_clip(), CyCLIPLoss(reference_batch_size=128)
@@ -179,21 +179,21 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
     torch.testing.assert_close(losses, expected)
 
 
-def test_lambdas_warm_up_over_the_given_steps() -> None:
+def test_lambdas_warm_up_over_the_given_steps():
     options = {"loader": [batch()] * 3, "epochs": 2, "model": tiny_clip(), "loss_fn": CyCLIPLoss()}
     for warmup_steps, share in ((8, 6 / 8), (4, 1)):
         loss_fn = run("Weights that warm up", warmup_steps=warmup_steps, **options)["loss_fn"]
         assert (loss_fn.lambda_inmodal, loss_fn.lambda_crossmodal) == (0.25 * share, 0.25 * share)
 
 
-def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks) -> None:
+def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks):
     model, (images, tokens) = tiny_clip().double(), batch()
     CyCLIPLoss()(**model(images.double(), tokens)).backward()
     for found in ranks.run(2, recipe_cases.scale_gradient_on_rank):
         torch.testing.assert_close(found, model.logit_scale.grad, rtol=1e-10, atol=0)
 
 
-def test_the_checkouts_folder_kernels_imports_nothing() -> None:
+def test_the_checkouts_folder_kernels_imports_nothing():
     """transformers finds it where it looks for Hugging Face's package of this name."""
     run = run_python("-c", "import sys, kernels; sys.exit('torch' in sys.modules)")
     assert run.returncode == 0, run.stderr
@@ -209,7 +209,7 @@ def test_the_checkouts_folder_kernels_imports_nothing() -> None:
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
     heading: str, block: int, family: str, tmp_path
-) -> None:
+):
     """One step of SGD with a learning rate of 1. SigLIP's loss is transformers' own."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -250,7 +250,7 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
         assert {"eval_loss", *(TERMS if family == "CLIP" else ())} <= logged
 
 
-def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeypatch) -> None:
+def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeypatch):
     """The first two columns are the pairs. The library's trainer is not run."""
     library = SimpleNamespace(SentenceTransformerTrainer=MagicMock())
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
@@ -270,7 +270,7 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeyp
         torch.testing.assert_close(sum(loss(*arguments).values()), expected)
 
 
-def test_ms_swifts_loss_has_every_document_and_negative_as_a_column(monkeypatch) -> None:
+def test_ms_swifts_loss_has_every_document_and_negative_as_a_column(monkeypatch):
     """Two negatives of the first query, none of the second, one of the third. No trainer is run."""
     monkeypatch.setitem(sys.modules, "swift", SimpleNamespace())
     library = SimpleNamespace(BaseLoss=object, loss_map={})
@@ -290,7 +290,7 @@ def duplicates() -> tuple[Tensor, Tensor, Tensor]:
     return images, tokens[INDICES % 8], INDICES % 8
 
 
-def test_caption_ids_are_equal_if_captions_are() -> None:
+def test_caption_ids_are_equal_if_captions_are():
     tokens = duplicates()[1]
     tokens[:2] = tokens[:2].flip(1)  # the same tokens in another order are another caption
     ids = caption_ids(tokens)
@@ -305,7 +305,7 @@ def test_caption_ids_are_equal_if_captions_are() -> None:
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
 
 
-def test_compiled_caption_ids_are_those_of_eager_code() -> None:
+def test_compiled_caption_ids_are_those_of_eager_code():
     """Inductor computes 64-bit constants of a graph wrongly."""
     torch._dynamo.reset()
     tokens = torch.randint(1, 49408, (9, 77))
@@ -314,7 +314,7 @@ def test_compiled_caption_ids_are_those_of_eager_code() -> None:
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 200))), ids)
 
 
-def test_duplicates_are_not_negatives_of_each_other() -> None:
+def test_duplicates_are_not_negatives_of_each_other():
     model, (images, tokens, ids) = tiny_clip(), duplicates()
     out = model(images, tokens)
     expected = CyCLIPLoss()(**out, ids=ids)
@@ -322,7 +322,7 @@ def test_duplicates_are_not_negatives_of_each_other() -> None:
     keys = [f"product {number}" for number in ids.tolist()]
     # Hugging Face's padding is not a part of a caption.
     mask = (INDICES[:12] <= tokens.argmax(dim=1)[:, None]).long()
-    names: dict[str, Any] = {
+    names = {
         "model": model, "loss_fn": CyCLIPLoss(), "images": images, "tokens": tokens,
         "torch": torch, "keys": keys, "all_keys": keys, "caption_ids": caption_ids,
         "inputs": {"input_ids": tokens + INDICES[:, None] * (1 - mask), "attention_mask": mask},

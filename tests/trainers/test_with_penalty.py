@@ -10,14 +10,14 @@ import torch
 
 pytest.importorskip("open_clip")
 
-from inputs import pairs
+from inputs import FEATURES, Tensors, pairs
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from torch import Tensor, nn
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 
 LAMBDAS = (0.5, 0.125)
-FEATURES, OTHER_NAMES = ("image_features", "text_features"), ("audio_features", "text_features")
+OTHER_NAMES = ("audio_features", "text_features")
 
 
 class MarginLoss(nn.Module):
@@ -30,14 +30,12 @@ class MarginLoss(nn.Module):
 class AudioLoss(nn.Module):
     """Has the arguments of LAION's CLAP loss. `returned` turns the loss into what it returns."""
 
-    temperature = 3.0
-
     def __init__(self, returned: Any = lambda loss: loss) -> None:
         super().__init__()
-        self.returned, self.weight = returned, 1.0
+        self.returned = returned
 
     def forward(self, audio_features, text_features=None, logit_scale_a=10.0, mlp=None) -> Any:
-        return self.returned(self.weight * ClipLoss()(audio_features, text_features, logit_scale_a))
+        return self.returned(ClipLoss()(audio_features, text_features, logit_scale_a))
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def features(device) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def penalties(features) -> dict[str, Tensor]:
+def penalties(features) -> Tensors:
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
@@ -55,7 +53,7 @@ def penalties(features) -> dict[str, Tensor]:
     [SigLipLoss(), CoCaLoss(2.0, 0.0), MarginLoss()],
     ids=["SigLipLoss", "CoCaLoss without contrastive term", "MarginLoss"],
 )
-def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
+def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties):
     """A loss returns a scalar, a tuple or a dict."""
     device, given = features[0].device, dict(zip(FEATURES, features, strict=True))
     labels = torch.arange(18, device=device).view(6, 3) % 8 + 1
@@ -78,14 +76,14 @@ def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties)
 class OneDict(nn.Module):
     """Takes one dict, as SLIP's loss does."""
 
-    def forward(self, outputs: dict[str, Tensor]) -> tuple[Tensor, float]:
+    def forward(self, outputs: Tensors) -> tuple[Tensor, float]:
         return ClipLoss()(*outputs.values(), 10.0), 2.0
 
 
 @pytest.mark.parametrize(
     "wrap", [lambda x: x, partial(torch.compile, backend="aot_eager", fullgraph=True)]
 )
-def test_features_are_found_by_argument_names_or_a_callable(wrap, features, penalties) -> None:
+def test_features_are_found_by_argument_names_or_a_callable(wrap, features, penalties):
     image, text = features
     with_names = wrap(WithCyclicPenalty(AudioLoss(), *LAMBDAS, features=OTHER_NAMES))
     contrastive = ClipLoss()(image, text, 10.0)
@@ -98,7 +96,7 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
     torch.testing.assert_close(terms, (contrastive, 2.0, *penalties.values()))
 
 
-def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(features) -> None:
+def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(features):
     returned = AudioLoss(lambda loss: loss.bfloat16()[None])
     found = WithCyclicPenalty(returned, features=OTHER_NAMES)(*features)
     assert found.dtype == torch.float64
@@ -115,7 +113,7 @@ def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(featu
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
 )
-def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features) -> None:
+def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features):
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
     message = f"what AudioLoss returned ({message}"
     with pytest.raises(TypeError, match=re.escape(message)):
@@ -133,7 +131,7 @@ def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, 
         (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
     ],
 )
-def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) -> None:
+def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str):
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss, features=names)
     wrapped = WithCyclicPenalty(ClipLoss())
