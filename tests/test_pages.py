@@ -37,16 +37,17 @@ def given() -> dict[str, Any]:
     [("README.md", 32), ("docs/choosing.md", 128), ("docs/from_the_authors_code.md", None)],
 )
 def test_the_loss_on_a_page_is_the_definition(page: str, reference_batch_size, given):
-    """The README's block needs no other variables, and has penalties times CLIP's progress."""
-    names = run(page, **({} if page == "README.md" else given))
+    """The README's block needs no other variables, and has the recommended settings."""
+    recommended = page == "README.md"
+    names = run(page, **({} if recommended else given))
     features = [names[name].detach() for name in FEATURES]
-    terms = cyclip_loss.reference.cyclip_loss(*features, reference_batch_size=reference_batch_size)
-    clip, *penalties = terms.values()
-    progress = (1 - clip / log(256)).clamp(0, 1) if page == "README.md" else 1
+    options = {"reference_batch_size": reference_batch_size, "centered": recommended}
+    clip, *penalties = cyclip_loss.reference.cyclip_loss(*features, **options).values()
+    progress = (1 - clip / log(256)).clamp(0, 1) if recommended else 1
     expected = clip + progress * sum(penalties)
     torch.testing.assert_close(names["loss"].detach(), expected.reshape(()))
     assert progress > 0
-    assert (names["logit_scale"].grad is not None) == (page == "README.md")
+    assert (names["logit_scale"].grad is not None) == recommended
 
 
 def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path, monkeypatch):
