@@ -9,6 +9,7 @@
 and installs, if there is one. When PyTorch has a new minor version, add it to `TORCH`.
 """
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import nox
 ROOT = Path(__file__).resolve().parents[1]
 nox.options.default_venv_backend = "uv|virtualenv"
 PYTHON = "3.10"  # the oldest
+# pyenv runs `python3.10` only where version 3.10 is asked for.
+os.environ["PYENV_VERSION"] = PYTHON
 TORCH = ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
 OPEN_CLIP = "2.32"  # the oldest
 LOSS = ("tests/loss", "tests/kernels")
