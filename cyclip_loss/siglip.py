@@ -39,9 +39,9 @@ class CySigLIPLoss(ContrastiveModule):
 
     with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. Called with
     the arguments of `open_clip.SigLipLoss`. With both weights 0, the default, it is SigLIP's loss.
-    Beyond N = D no N x N matrix is built: forward computes the loss and
-    all gradients in one sweep (6 N^2 D flops), and backward multiplies them by the upstream
-    gradient. If the loss is not differentiated after all, nothing but time is lost.
+    Beyond N = D no N x N matrix is built: forward computes the loss and all gradients in one sweep
+    (6 N^2 D flops), and backward multiplies them by the upstream gradient. If the loss is not
+    differentiated after all, nothing but time is lost.
 
     Args:
         lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because a
