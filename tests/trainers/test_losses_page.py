@@ -24,7 +24,7 @@ D, TAU, SCALE, TEACHER_SCALE, WIDTHS = 5, 0.03, 6.0, 30.0, (2, 5)
 TEACHER = ("teacher_images", "teacher_texts")
 CONSTANTS = ("weights", "image_queue", "text_queue", "log_weights", *TEACHER)
 FEATURES = ("image_features", "text_features", "hard_negatives", "other_captions")
-NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
+NUMBERS = {"tau": TAU, "alpha": 9.0, "smoothing": 0.1}
 NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3, "margin": 0.02}
 BLOCKS = pages.blocks("docs/losses.md")
 
@@ -169,15 +169,6 @@ def hardness(data, negatives):
     return both_ways(logits, negatives).mean()
 
 
-def crowding(data, negatives):
-    images, texts, logits = data["image_features"], data["text_features"], logits_of(data)
-    loss = 0
-    for rows, x in ((logits, texts), (logits.T, images)):
-        weights = ((x @ x.T).mean(dim=1) / NUMBERS["kappa"]).exp().detach()
-        loss += (weights * cross_entropy(rows, negatives)).sum() / weights.sum() / 2
-    return loss
-
-
 def label_smoothing(data, negatives):
     logits, target = logits_of(data), torch.arange(len(negatives))
     return sum(
@@ -191,13 +182,6 @@ def soft_targets(data, negatives):
     teacher = TEACHER_SCALE * data["teacher_images"] @ data["teacher_texts"].T
     ways = ((logits, teacher), (logits.T, teacher.T))
     return sum(F.cross_entropy(x, soft.softmax(dim=1)) / 2 for x, soft in ways)
-
-
-def continuous_weights(data, negatives):
-    weights = 1 + data["teacher_images"] @ data["teacher_images"].T
-    targets = weights / weights.sum(dim=1, keepdim=True)
-    logits = logits_of(data)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def log_q(data, negatives):
@@ -329,10 +313,8 @@ DENSE = {
     "loss = (weights *": weighted,
     "own_negatives": negatives_of_each_row,
     "logit_scale + alpha": hardness,
-    "kappa": crowding,
     "smoothing *": label_smoothing,
     "expected_partner(teacher_images": soft_targets,
-    "weighted_partner(teacher_images": continuous_weights,
     "log_weights": log_q,
     "index.repeat(2)": simclr,
     "labels.repeat(2)": supcon,
@@ -416,7 +398,7 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
 def test_every_recipe_of_the_page_is_compared():
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
-    assert len(recipes("Ranks: yes")) == len(DENSE) - 1  # one is for one process
+    assert len(recipes("Ranks: yes")) == len(DENSE)
 
 
 @pytest.mark.parametrize(
