@@ -13,9 +13,9 @@ in tables.txt, a block of lines for each table:
     CyCLIP, 512 = runs/cyclip-?
 
 The first line is the name. The second line has the records. The third line has the heading of the
-first column, and then the other columns, each with its metric (A / B: of runs that have A, and of
-runs that have B). Each further line is a row: its
-title, and the runs, as RECORD/RUN with wildcards. So for a new row add one line, and `make tables`.
+first column, and then the other columns, each with its metric (A @ RECORD/RUN: of these runs only).
+Each further line is a row: its title, and the runs, as RECORD/RUN with wildcards. So for a new row
+add one line, and `make tables`. With ^ before the heading, rows and columns change places.
 A row has all runs of one setting and version of the code. It is compared with the last row with
 `*`. Runs of two commits are compared only if the page names both. `interval` has the rule.
 """
@@ -139,7 +139,7 @@ def compared_rows(spec: str, page: str = "") -> Iterator[Row]:
     for line in lines:
         title, _, patterns = line.removeprefix("* ").rpartition(" = ")
         shown = [
-            ("".join(SEED.findall(run)), numbers)
+            (run, numbers)
             for run, numbers in runs
             if any(fnmatchcase(run, pattern) for pattern in patterns.split("; "))
         ]
@@ -147,11 +147,14 @@ def compared_rows(spec: str, page: str = "") -> Iterator[Row]:
             raise SystemExit(f"no run {patterns}")
         values: dict[str, Values] = {metric: {} for metric in metrics}
         commits = {numbers.get("commit") or "no commit" for _, numbers in shown}
-        for seed, numbers in shown:
+        for run, numbers in shown:
+            seed = "".join(SEED.findall(run))
             for metric, found in values.items():
-                for name in metric.split(" / "):
-                    if name in numbers and found.setdefault(seed, numbers[name]) != numbers[name]:
-                        raise SystemExit(f"{title}: two runs have the seed {seed}")
+                name, _, only = metric.partition(" @ ")
+                if name not in numbers or not fnmatchcase(run, only or "*"):
+                    continue
+                if found.setdefault(seed, numbers[name]) != numbers[name]:
+                    raise SystemExit(f"{title}: two runs have the seed {seed}")
         if line.startswith("* "):
             baseline = values, commits
         compared = commits | baseline[1]
