@@ -1,10 +1,10 @@
 """The metrics of `evaluate`: `measure` computes every metric that applies to a dataset.
 
 A new metric is a function of features here, called in `class_numbers`, `retrieval_numbers` or
-`numbers`, and a `Metric` with its title in `report.metrics_of` (of a task) or `report.COMMON`,
-without which the table leaves it out. Evaluations that are resumed do not get it. Features are
-(n, D), float32, on the CPU. Their rows have unit length, except for the linear probe. Queries
-are compared with the gallery in strips, so that memory stays small.
+`numbers`. The table shows it by its name (`report.metric` knows accuracies, `report.PLAIN_ENDINGS`
+what is not shown in %). Evaluations that are resumed do not get it. Features are (n, D), float32,
+on the CPU. Their rows have unit length, except for the linear probe. Queries are compared with the
+gallery in strips, so that memory stays small.
 """
 
 from collections import Counter
