@@ -131,8 +131,7 @@ def disassemble(cubin: bytes) -> str:
         file.write(cubin)
         file.flush()
         command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
-        options: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
-        return subprocess.run(command, env=environment, **options).stdout
+        return subprocess.check_output(command, env=environment, text=True)
 
 
 def is_serialised(sass: str) -> bool:
@@ -144,20 +143,15 @@ def is_serialised(sass: str) -> bool:
     """
     found = re.findall(r"/\*([0-9a-f]{4,})\*/([^;]+);", sass)
     lines = [(int(address, 16), text) for address, text in found]
-
-    def has(loop: tuple[int, int], pattern: str) -> bool:
-        start, end = loop
-        return any(start <= line <= end and re.search(pattern, text) for line, text in lines)
-
-    loops = []
-    for address, text in lines:
+    main_loops: list[int] = []  # where they start; an inner loop ends before the outer one
+    for end, text in lines:
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)\s*$", text)
-        if jump and int(jump[1], 16) < address:
-            loops.append((int(jump[1], 16), address))
-    with_products = [loop for loop in loops if has(loop, "HGMMA")]
-    innermost = [
-        (start, end)
-        for start, end in with_products
-        if not any(start < first and last < end for first, last in with_products)
-    ]
-    return any(has(loop, r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b") for loop in innermost)
+        start = int(jump[1], 16) if jump else end
+        if start >= end or any(start < inner for inner in main_loops):
+            continue
+        body = "\n".join(text for line, text in lines if start <= line <= end)
+        if "HGMMA" in body:
+            main_loops.append(start)
+            if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", body):
+                return True
+    return False

@@ -14,7 +14,7 @@ from .samples import decode, read_samples
 EMOJI_FOLDER = Path(__file__).parents[1] / "emoji"
 TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
 SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
-BLACK_AND_WHITE = ("fluent-emoji-high-contrast",)  # black and white; means do not include it
+BLACK_AND_WHITE = ("fluent-emoji-high-contrast",)
 ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + BLACK_AND_WHITE
 SIZE = 64  # pixels
 # Captions with a concept's name, or with its subgroup.

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..command_line import RunFailed, UsageError, say, track
-from ..losses import LOSSES
 from ..runs import PARAMETERS, read_parameters, register_models
 from .datasets import Images
 
@@ -139,22 +138,6 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
     elif folder.suffix == ".pt":  # the CyCLIP authors released cyclip.pt/best.pt
         title = folder.stem
     return Checkpoint(title, name, str(file), file.stat().st_mtime_ns, arguments, parameters)
-
-
-def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The loss, the seed and the commit of a run, for tables. What is not known is None.
-
-    The run's settings decide: its `--loss`, or the penalties and OpenCLIP's flags. The authors'
-    checkpoints have no settings, but the loss as their title.
-
-    parameters: the run's params.txt.
-    """
-    loss = parameters.get("loss") or (title if title in LOSSES else None)
-    if "lambda_inmodal" in parameters and not parameters.get("loss"):
-        penalties = [parameters[f"lambda_{name}"] > 0 for name in ("inmodal", "crossmodal")]
-        settings = (*penalties, *(bool(parameters.get(name)) for name in ("views", "siglip")))
-        loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)
-    return {"loss": loss, "seed": parameters.get("seed"), "commit": parameters.get("commit")}
 
 
 def default_precision(device: torch.device) -> str:

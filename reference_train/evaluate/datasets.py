@@ -93,8 +93,6 @@ class Dataset:
     # the mean over styles. Without captions, class names are used as captions, too.
     groups: list[str] | None = None
     train: tuple[Images, dict[str, Tensor]] | None = None  # images, and their labels by task
-    # Styles that have metrics, but are not in means.
-    excluded_groups: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -134,13 +132,14 @@ def recognise(folder: Path) -> tuple[str, Opener] | None:
 
 
 def open_emoji() -> Dataset:
-    """The emoji of the repository in all styles, with two tasks: their names and subgroups.
+    """The emoji of the repository in all styles but one, with two tasks: their names and subgroups.
 
-    The superclass of a name is its subgroup. The names are also the captions. Means do not include
-    black-and-white drawings.
+    The superclass of a name is its subgroup. The names are also the captions. Black-and-white
+    drawings are left out.
     """
     shipped = emoji.read_emoji()
-    images, concept, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))
+    in_colour = emoji.TRAIN_STYLES + emoji.SHIFT_STYLES
+    images, concept, styles = shipped.drawings(in_colour, range(len(shipped.concepts)))
     subgroups, subgroup = number_words([concept.subgroup for concept in shipped.concepts])
     names = [concept.name for concept in shipped.concepts]
     return Dataset(
@@ -151,7 +150,6 @@ def open_emoji() -> Dataset:
         },
         captions=[[names[i]] for i in concept.tolist()],
         groups=styles,
-        excluded_groups=frozenset(emoji.BLACK_AND_WHITE),
     )
 
 

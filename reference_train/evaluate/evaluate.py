@@ -18,7 +18,6 @@ from .checkpoints import (
     RELEASED_MODEL,
     Checkpoint,
     default_precision,
-    describe_run,
     find_checkpoints,
     load,
 )
@@ -140,11 +139,11 @@ def evaluate(
     except UsageError as error:
         result["failed"][title] = str(error)
         return
-    run = describe_run(title, checkpoint.parameters)
     result["checkpoints"][title] = {
         **checkpoint.source,
         "path": str(checkpoint.weights),
-        **run,
+        # Of the run; None if they are not known.
+        **{name: checkpoint.parameters.get(name) for name in ("seed", "commit")},
     }
     clip.means = feature_means(clip, *training_pairs(checkpoint))
     for name, data in datasets.items():

@@ -1,10 +1,10 @@
 """The metrics of `evaluate`: `measure` computes every metric that applies to a dataset.
 
 A new metric is a function of features here, called in `class_numbers`, `retrieval_numbers` or
-`numbers`, and a `Metric` with its title in `report.metrics_of` (of a task) or `report.COMMON`,
-without which the table leaves it out. Evaluations that are resumed do not get it. Features are
-(n, D), float32, on the CPU. Their rows have unit length, except for the linear probe. Queries
-are compared with the gallery in strips, so that memory stays small.
+`numbers`. The table shows it by its name (`report.metric` knows accuracies, `report.PLAIN_ENDINGS`
+what is not shown in %). Evaluations that are resumed do not get it. Features are (n, D), float32,
+on the CPU. Their rows have unit length, except for the linear probe. Queries are compared with the
+gallery in strips, so that memory stays small.
 """
 
 from collections import Counter
@@ -48,8 +48,6 @@ class Encoded:
     raw_image_features: Tensor  # (n, D), not normalised
     image_features: Tensor  # (n, D)
     class_features: dict[str, Tensor]  # (C, D) by task
-    ranked_classes: dict[str, Tensor]  # (n, up to 10) by task, the nearest class first
-    group_indices: dict[str, Tensor]  # the images of each group, ascending
     text_features: Tensor  # (m, D), of distinct captions, or of class names
     is_right: Tensor  # (n, m) bool, whether a text belongs to an image
     means: interchange.Means  # of training pairs
@@ -66,11 +64,12 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
     encoded, probe = encode(clip, data), Numbers()
     if data.train is not None:
         probe = use_train_split(clip, encoded, linear_probe and not data.groups)
-    groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}
-    if data.groups:
-        # The mean of each metric that all groups have.
-        included = [found for name, found in groups.items() if name not in data.excluded_groups]
-        overall = pd.DataFrame(included).dropna(axis="columns").mean().to_dict()
+    groups = {
+        group: numbers(encoded, torch.tensor([x == group for x in data.groups]).nonzero()[:, 0])
+        for group in dict.fromkeys(data.groups or ())
+    }
+    if groups:  # the mean of each metric that all groups have
+        overall = pd.DataFrame(groups).T.dropna(axis="columns").mean().to_dict()
     else:
         overall = numbers(encoded, torch.arange(len(data.images))) | probe
     return {"numbers": overall, "groups": groups}
@@ -89,15 +88,9 @@ def feature_means(clip: Clip, images: Images, captions: list[str]) -> tuple[Tens
 def encode(clip: Clip, data: Dataset) -> Encoded:
     """Encodes the images, the class names and the captions of a dataset."""
     raw = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
-    groups = data.groups or []
-    image_features = F.normalize(raw, dim=-1)
     class_features = {
         task: clip.encode_classes(classes.names, classes.templates)
         for task, classes in data.classes.items()
-    }
-    ranked_classes = {
-        task: nearest(image_features, features, max(TOP))
-        for task, features in class_features.items()
     }
     if data.captions is not None:
         texts = list(dict.fromkeys(text for own in data.captions for text in own))
@@ -114,13 +107,8 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
     return Encoded(
         data=data,
         raw_image_features=raw,
-        image_features=image_features,
+        image_features=F.normalize(raw, dim=-1),
         class_features=class_features,
-        ranked_classes=ranked_classes,
-        group_indices={
-            group: torch.tensor([i for i, other in enumerate(groups) if other == group])
-            for group in dict.fromkeys(groups)
-        },
         text_features=text_features,
         is_right=is_right,
         means=clip.means,
@@ -184,12 +172,12 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
 def class_numbers(encoded: Encoded, task: str, indices: Tensor) -> Numbers:
     """Zero-shot and superclass accuracy, and consistency scores, of these images in one task."""
     classes = encoded.data.classes[task]
-    ranked = encoded.ranked_classes[task][indices]
     labels = classes.labels[indices]
+    features = encoded.image_features[indices], encoded.class_features[task]
+    ranked = nearest(*features, max(TOP))
     found = zero_shot(ranked, labels, len(classes.names))
     if classes.superclass is not None:
-        image_features, class_features = encoded.image_features[indices], encoded.class_features
-        found |= coarse_and_fine(image_features, class_features[task], labels, classes.superclass)
+        found |= coarse_and_fine(*features, labels, classes.superclass)
     if task in encoded.neighbour_labels:
         neighbours = encoded.neighbour_labels[task][indices]
         found |= consistency(ranked[:, 0], neighbours)

@@ -3,12 +3,12 @@
 `datasets.csv` has the datasets: first those of the zero-shot table, then those of linear probes
 only. A number of images is 0 if it is not known.
 `published.csv` has the numbers. Its columns are the dataset; the metric; the source, as the table's
-heading shows it; a number in % for each model; the mark, a key of `MARKS`; where the number was
-read; and a note. Nothing reads `published_data_size.csv`, of runs on other numbers of pairs.
+heading shows it; a number in % for each model; the mark, a key of `MARKS`; and where the number was
+read. Nothing reads `published_data_size.csv`, of runs on other numbers of pairs.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -39,47 +39,35 @@ SOURCES = {
     "top-1 are 10.2 to 23.9% (CIFAR, ImageNet) and 10.2 to 26.5% (shifts); the abstract says 10 to "
     "24% and 10 to 27%",
     "May 2022": "linear probes that the authors' repository has had since May 2022; they may not "
-    "be the paper's",
+    "be the paper's. Those of Caltech101, FGVC-Aircraft, Flowers and Pets are probably means over "
+    "classes, not accuracies. The splits of Caltech101 and Flowers are not known",
     "April 2022": "linear probes that the authors' repository had in April 2022; all are "
-    "accuracies",
+    "accuracies. The splits of Caltech101 and Flowers are not known",
     "reproduced": "arXiv 2303.05952, by other authors, trained on CC3M. The mean of its linear "
     "probes is 61.05% for CLIP and 60.14% for CyCLIP",
 }
 
 
-def why_incomparable(name: str, data: dict[str, Any], metric: str) -> str:
-    """Why our numbers of a metric cannot be compared with published ones; "" if they can.
+def published(name: str, data: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The published numbers of a dataset: metric -> heading -> number in %, with its mark.
 
-    name: of the dataset. data: what `records.describe` says about it.
+    Without those of other numbers of test images, or linear probes of other numbers of train
+    images.
+
+    data: what `records.describe` says about the dataset.
     """
-    sizes = SETS.get(name, {"test_images": 0, "train_images": 0})
-    if sizes["test_images"] not in (0, data["images"]):
-        return f"{data['images']:,} images, the paper's test split has {sizes['test_images']:,}"
-    fitted, theirs = data["train_images"], sizes["train_images"]
-    if metric == "linear_probe" and theirs not in (0, fitted):
-        return f"the probe is fitted on {fitted:,} images, the authors' on {theirs:,}"
-    return ""
-
-
-class Published(NamedTuple):
-    """The numbers of a dataset and metric in one source."""
-
-    metric: str
-    source: str
-    note: str
-    cells: dict[str, str]  # heading -> number in %, with its mark
-
-
-def published(dataset: str) -> list[Published]:
-    """The published numbers of a dataset."""
     table = pd.read_csv(FOLDER / "published.csv", dtype=str, keep_default_na=False)
-    found = []
-    for _, row in table[table["data_set"] == dataset].iterrows():
-        mark = row["mark"] + "*" * bool(row["note"])
-        cells = {
-            f"{LOSSES[model].title}, {row['source']}": f"{row[model]} {mark}"
+    sizes = SETS.get(name, {"test_images": None})
+    found: dict[str, dict[str, str]] = {}
+    if sizes["test_images"] not in (0, data["images"]):
+        return found
+    for _, row in table[table["data_set"] == name].iterrows():
+        is_probe = row["metric"] == "linear_probe"
+        if is_probe and sizes["train_images"] not in (0, data["train_images"]):
+            continue
+        found.setdefault(row["metric"], {}).update(
+            (f"{LOSSES[model].title}, {row['source']}", f"{row[model]} {row['mark']}")
             for model in MODELS
             if row[model]
-        }
-        found.append(Published(row["metric"], row["source"], row["note"], cells))
+        )
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..command_line import UsageError
-from ..files import make_folder, write_text
+from ..files import write_text
 from .datasets import Dataset
 
 Result = dict[str, Any]  # what evaluation.json holds
@@ -64,7 +64,6 @@ def read_evaluation(path: Path) -> Result:
 
 def save(result: Result, out: Path) -> None:
     """Writes `evaluation.json` to a folder."""
-    make_folder(out)
     write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", out / "evaluation.json")
 
 
@@ -87,5 +86,5 @@ def describe(data: Dataset) -> dict[str, Any]:
         "captions": sum(map(len, data.captions)) if data.captions else captions,
         "groups": groups,
         "crc32": zlib.crc32(repr(content).encode()),
-        "mean_over": [group for group in groups if group not in data.excluded_groups],
+        "mean_over": [*groups],
     }

@@ -4,7 +4,6 @@ import shutil
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -16,12 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from reference_train.command_line import UsageError
-from reference_train.evaluate.checkpoints import (
-    checkpoint_file,
-    describe_run,
-    find_checkpoints,
-    load,
-)
+from reference_train.evaluate.checkpoints import checkpoint_file, find_checkpoints, load
 
 CPU = torch.device("cpu")
 QUICK = "evaluate-tiny-quickgelu"
@@ -48,23 +42,6 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, mo
     assert [c.title for c in find_checkpoints([Path("best.pt")], None, None)] == ["run"]
     [of_a_tag] = find_checkpoints([], "RN50", "openai")
     assert (of_a_tag.title, of_a_tag.weights) == ("RN50 openai", "openai")
-
-
-@pytest.mark.parametrize(
-    ("changes", "loss"),
-    [
-        ({"views": "own"}, "cyclip-views"),
-        ({"lambda_inmodal": 0.0}, "c-cyclip"),
-        ({"siglip": True}, "cysiglip"),
-        ({"loss": "module:Loss"}, "module:Loss"),
-        ({"loss": None}, "cyclip"),
-    ],
-)
-def test_the_settings_of_a_run_decide_its_loss(changes: dict[str, Any], loss: str | None):
-    known = {"seed": 3, "commit": "abc clean"}
-    parameters = {**known, "lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **changes}
-    assert describe_run("clip", parameters) == {"loss": loss, **known}
-    assert describe_run("i-cyclip", {}) == {"loss": "i-cyclip", **dict.fromkeys(known)}
 
 
 def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_path):

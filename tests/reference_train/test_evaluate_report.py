@@ -9,7 +9,7 @@ import pytest
 from processes import ROOT
 
 from reference_train.command_line import RunFailed, UsageError
-from reference_train.evaluate import records, report
+from reference_train.evaluate import paper, records, report
 from reference_train.evaluate.records import read_evaluation
 
 # Table -> the record that it is made from.
@@ -42,7 +42,7 @@ def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path):
 
     for part in ("results", "checkpoints"):
         result[part] = {"a|b.pt": result[part]["clip-0"]}
-    assert r" | a\|b.pt CLIP | " in report.markdown(result)
+    assert r" | a\|b.pt | " in report.markdown(result)
     with pytest.raises(RunFailed, match=r"json/runs\.csv can't be written: Not a directory"):
         report.main([f"{tmp_path}/a", "--csv", f"{tmp_path}/a/evaluation.json/runs.csv"])
 
@@ -57,18 +57,36 @@ PROBES = {"May 2022", "April 2022"}
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "train_images", "metric", "sources", "has_note"),
+    ("name", "images", "train_images", "metric", "sources"),
     [
-        ("dtd", 1880, 3760, "linear_probe", PROBES, False),
-        ("dtd", 1880, 1880, "linear_probe", set(), True),
+        ("dtd", 1880, 3760, "linear_probe", PROBES),
+        ("dtd", 1880, 1880, "linear_probe", set()),
         # Not the paper's runs on less data.
-        ("imagenet1k", 50_000, 0, "top1", {"paper", "reproduced"}, False),
+        ("imagenet1k", 50_000, 0, "top1", {"paper", "reproduced"}),
+        ("imagenet1k", 49_999, 0, "top1", set()),
+        ("x", 1, 0, "top1", set()),
     ],
 )
 def test_published_numbers_are_hidden_if_ours_are_of_other_images(
-    name: str, images: int, train_images: int, metric: str, sources: set[str], has_note: bool
+    name: str, images: int, train_images: int, metric: str, sources: set[str]
 ):
-    data = {"classes": {"class": 47}, "images": images, "train_images": train_images}
-    shown, notes = report.comparable(name, data, [metric])
-    assert {row.source for row in shown} == sources
-    assert bool(notes) == has_note
+    shown = paper.published(name, {"images": images, "train_images": train_images})
+    assert {heading.partition(", ")[2] for heading in shown.get(metric, {})} == sources
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("top5", ("class", "class", 5)),
+        ("subgroup_top1", ("class", "subgroup", 1)),
+        ("group_consistency_10", ("class", "group", 1)),
+        ("linear_probe", ("class", "class", 1)),
+        ("fine_top2", ("superclass", "class", 1)),
+        ("subgroup_coarse", ("superclass", "class", 1)),
+        ("image_to_text_r10", ("text", "class", 10)),
+        ("text_to_image_r1", ("image", "class", 1)),
+        ("mixed_r10_tenth_of_texts", ("", "class", 1)),
+    ],
+)
+def test_the_name_of_a_number_says_of_what_it_is_an_accuracy(name: str, expected):
+    assert report.metric(name) == expected
