@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pages import blocks
-from processes import run_python
+from pool import fork_context
 
 from reference_train import runs
 from reference_train.command_line import UsageError
@@ -117,7 +117,8 @@ def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monke
     monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
     names = {}
     for block in blocks("docs/pretraining.md"):  # OpenCLIP loads the best epoch
-        exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), names)
+        code = block.replace("logs/icons-cyclip-0", str(tmp_path / "run"))
+        exec(code.replace("icons-rn-32", "tiny"), names)
     assert pushed == ["NAME/icons-cyclip"]
 
 
@@ -161,37 +162,33 @@ def test_a_run_refuses_other_data_and_a_damaged_checkpoint(finished, pretrain, d
         pretrain("--workers 0")
 
 
-# `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.
-KILLED = """
-import os, runpy, signal, sys
-from pathlib import Path
+def train_and_die(arguments: list[str], results: Path) -> None:
+    """Killed when the checkpoint of the second epoch is not yet renamed."""
+    replace = os.replace
 
-results, replace = Path(sys.argv.pop(1)), os.replace
+    def replace_or_die(source: Path, target: Path) -> None:
+        epochs = len(results.read_text().splitlines()) if results.exists() else 0
+        if Path(target).name == "epoch_latest.pt" and epochs == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
 
-def replace_or_die(source, target):
-    epochs = len(results.read_text().splitlines()) if results.exists() else 0
-    if Path(target).name == "epoch_latest.pt" and epochs == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = replace_or_die
-runpy.run_module("reference_train", run_name="__main__")
-"""
+    os.replace = replace_or_die
+    command.main(arguments)
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_finishes(pretrain, data, tmp_path):
-    # Workers that a forkserver starts would outlive the killed process, and hold its pipes open.
-    argv = f"""
-        pretrain --preset icons --batch-size 8 --data {data} --out {tmp_path} --name run
-        --loss siglip
-        -- --epochs 3 --train-num-samples 16 --workers 0
-    """
+def test_a_killed_run_resumes_and_finishes(words, pretrain, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
-    killed = run_python("-c", KILLED, str(checkpoints / "results.jsonl"), *argv.split())
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # Its workers would outlive the killed process.
+    arguments = words("--epochs 3 --workers 0", "--loss siglip")
+    process = fork_context().Process(
+        target=train_and_die, args=(arguments, checkpoints / "results.jsonl")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
     assert "Loss: CySigLIPLoss(" in (tmp_path / "run" / "out.log").read_text()
-    pretrain("--epochs 3", ours="--loss siglip")
+    pretrain("--epochs 3", "--loss siglip")
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
     assert list(checkpoints.glob(".*")) == []
