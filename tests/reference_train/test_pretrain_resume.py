@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pages import blocks
-from pool import fork_context
+from processes import run_forked
 
 from reference_train import runs
 from reference_train.command_line import UsageError
@@ -162,31 +162,32 @@ def test_a_run_refuses_other_data_and_a_damaged_checkpoint(finished, pretrain, d
         pretrain("--workers 0")
 
 
-def train_and_die(arguments: list[str], results: Path) -> None:
-    """Killed when the checkpoint of the second epoch is not yet renamed."""
-    replace = os.replace
+# `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
 
-    def replace_or_die(source: Path, target: Path) -> None:
-        epochs = len(results.read_text().splitlines()) if results.exists() else 0
-        if Path(target).name == "epoch_latest.pt" and epochs == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
+results, replace = Path(sys.argv.pop(1)), os.replace
 
-    os.replace = replace_or_die
-    command.main(arguments)
+def replace_or_die(source, target):
+    epochs = len(results.read_text().splitlines()) if results.exists() else 0
+    if Path(target).name == "epoch_latest.pt" and epochs == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+runpy.run_module("reference_train", run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_finishes(words, pretrain, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     # Its workers would outlive the killed process.
-    arguments = words("--epochs 3 --workers 0", "--loss siglip")
-    process = fork_context().Process(
-        target=train_and_die, args=(arguments, checkpoints / "results.jsonl")
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    argv = words("--epochs 3 --workers 0", "--loss siglip")
+    file = str(checkpoints / "results.jsonl")
+    killed = run_forked(KILLED, file, "pretrain", *argv, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
     assert "Loss: CySigLIPLoss(" in (tmp_path / "run" / "out.log").read_text()
     pretrain("--epochs 3", "--loss siglip")
