@@ -112,16 +112,17 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(
     """
     dtype = options.get("dtype", BFLOAT16)
     with monkeypatch.context() as patch:
+        if options:  # after a plain step, whose layouts are not compared here
+            with pytest.MonkeyPatch.context() as before:
+                before.setattr(VerifiedKernels, "compare", lambda *_: None)
+                step()
         compared = recorded_comparisons(patch)
-        if options:
-            step()
-        known = len(compared)
         for seed in (0, 1):  # only once
             step(**options, seed=seed)
     engine = verified(dtype)
     assert engine.problem is None
-    assert sorted(function for function, _ in compared[known:]) == sorted(functions)
-    for function, arguments in compared[known:]:
+    assert sorted(function for function, _ in compared) == sorted(functions)
+    for function, arguments in compared:
         small = engine.small_batch(function, arguments)
         assert verification.layout_of(small) == verification.layout_of(list(arguments))
         original = getattr(kernels, function)

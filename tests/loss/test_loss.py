@@ -87,7 +87,7 @@ def test_eager_engine_is_accurate_at_any_scale(case: Case, device):
 
 
 @needs_triton
-@examples(2)
+@examples(1.2)
 @given(case=cases(**FOR_KERNELS))
 def test_kernels_are_accurate_in_each_element(case: Case, device):
     check_loss(case, "triton", device)

@@ -1,4 +1,4 @@
-"""The laws of the loss, on each engine. (`tests/ranks` has its laws across ranks.)
+"""The laws of the loss. (`tests/ranks` has its laws across ranks.)
 
 Hypothesis draws small batches, dense and streamed, with features that are multiples of 1/4. So a
 law that fails is printed with a batch that one can compute by hand.
@@ -7,7 +7,6 @@ law that fails is printed with a batch that one can compute by hand.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from math import isnan
 from typing import Any, ClassVar
 
@@ -110,19 +109,23 @@ def batches(draw: st.DrawFn, siglip: bool = True) -> Batch:
     )
 
 
+# The kernels equal the definition, from which the other laws follow: the interpreter is slow.
+eager_only = pytest.mark.parametrize("impl", ["eager"], indirect=True)
+
+
 def law(test: Callable[..., None]) -> Callable[..., None]:
     """A test with batches of both losses."""
-    return examples(0.5)(given(batch=batches())(test))
+    return eager_only(examples(0.5)(given(batch=batches())(test)))
 
 
 def law_of_softmax(test: Callable[..., None]) -> Callable[..., None]:
     """A test with batches of CyCLIP's loss, or of log-sum-exps."""
-    return examples(0.5)(given(batch=batches(siglip=False))(test))
+    return eager_only(examples(0.5)(given(batch=batches(siglip=False))(test)))
 
 
 @pytest.fixture(autouse=True)
 def engine(impl, device, monkeypatch, recwarn) -> None:
-    """All tests here run on each engine. Rows are not of unit length, and recwarn takes warnings.
+    """Rows are not of unit length, and recwarn takes warnings.
 
     raising: the class has no such attributes yet.
     """
@@ -149,7 +152,6 @@ def widened(given: Tensors) -> Tensors:
     return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
 
 
-@examples(1.5)
 @given(batch=batches())
 def test_the_loss_equals_its_definition(batch: Batch):
     given = batch.arguments()
@@ -171,7 +173,7 @@ WITHOUT_NEGATIVES = Batch(
 )
 
 
-@examples(2)
+@examples(4 / 3)
 @given(
     batch=batches(False),
     weights=st.lists(st.integers(0, 3), min_size=24, max_size=24),
@@ -283,33 +285,36 @@ PERFECT = replace(
 )
 
 
-@examples(0.3)
-@given(batch=batches(), place=st.tuples(PLACE, PLACE, PLACE))
-@example(batch=PERFECT, place=(0, 0, 0))
-@example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0))
+@examples(1.5)
+@given(
+    batch=batches(),
+    place=st.tuples(PLACE, PLACE, PLACE),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    sign=st.sampled_from([1, -1, None]),
+)
+@example(batch=PERFECT, place=(0, 0, 0), bad=torch.inf, sign=None)
+@example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0), bad=torch.inf, sign=None)
 def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
-    batch: Batch, place: tuple[int, int, int]
+    batch: Batch, place: tuple[int, int, int], bad: float, sign: int | None
 ):
     """Not even if logits of -inf would leave it finite. place: which input, row and column.
 
-    In two of three rounds all texts have one sign, and images are positive, so that the logits of
-    an infinite row have one sign, too.
+    sign: of all texts, with positive images, so that the logits of an infinite row have one sign.
     """
     batch = replace(batch, lambdas=(2, 4))
-    for bad, sign in product((torch.nan, torch.inf, -torch.inf), (1, -1, None)):
-        given = batch.arguments()
-        names = [name for name, x in given.items() if "features" in name and len(x)]
-        for name in names if sign else ():
-            given[name] = given[name].abs() * (sign if "text" in name else 1)
-        names += ["logit_scale"] if isnan(bad) else []  # the loss warns of infinite ones
-        name = names[place[0] % len(names)]
-        n, d = torch.atleast_2d(given[name]).shape
-        torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
-        with strips_of(batch.strip_rows):
-            terms = batch.module(same_ids=batch.same_ids)(**given, output_dict=True)
-        results = [sum(terms.values())]
-        if name in FEATURES:
-            pairs = {x: given[x] for x in (*FEATURES, "logit_scale")}
-            results = [*terms.values(), *(x.logsumexp(0) for x in batch.log_sum_exps(**pairs))]
-        for result in results:
-            assert not result.isfinite(), (name, bad, sign)
+    given = batch.arguments()
+    names = [name for name, x in given.items() if "features" in name and len(x)]
+    for name in names if sign else ():
+        given[name] = given[name].abs() * (sign if "text" in name else 1)
+    names += ["logit_scale"] if isnan(bad) else []  # the loss warns of infinite ones
+    name = names[place[0] % len(names)]
+    n, d = torch.atleast_2d(given[name]).shape
+    torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
+    with strips_of(batch.strip_rows):
+        terms = batch.module(same_ids=batch.same_ids)(**given, output_dict=True)
+    results = [sum(terms.values())]
+    if name in FEATURES:
+        pairs = {x: given[x] for x in (*FEATURES, "logit_scale")}
+        results = [*terms.values(), *(x.logsumexp(0) for x in batch.log_sum_exps(**pairs))]
+    for result in results:
+        assert not result.isfinite(), (name, bad, sign)

@@ -21,7 +21,7 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
 
 
 @WORLD_SIZES
-@examples(2)
+@examples(1.5)
 @given(data=st.data())
 def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: int, ranks):
     check_ranks(data.draw(rank_cases(world_size, "eager")), ranks)
@@ -29,7 +29,7 @@ def test_eager_engine_is_accurate_across_ranks(data: st.DataObject, world_size: 
 
 @needs_triton
 @WORLD_SIZES
-@examples(0.5)
+@examples(1 / 3)
 @given(data=st.data())
 def test_kernels_are_accurate_across_ranks(data: st.DataObject, world_size: int, ranks):
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)

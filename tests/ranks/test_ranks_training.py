@@ -83,7 +83,8 @@ def rank_graphs(
     given = [
         (lambdas, RankCase(rows_per_rank=x, distance=1.0).rank_inputs(rank)) for x, lambdas in steps
     ]
-    return graphs(loss, given, fullgraph=not uneven)
+    backend = "aot_eager" if dist_impl == "gather" else "eager"
+    return graphs(loss, given, backend, fullgraph=not uneven)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class OneDict(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda x: x, partial(torch.compile, backend="aot_eager", fullgraph=True)]
+    "wrap", [lambda x: x, partial(torch.compile, backend="eager", fullgraph=True)]
 )
 def test_features_are_found_by_argument_names_or_a_callable(wrap, features, penalties):
     image, text = features
