@@ -109,18 +109,14 @@ def batches(draw: st.DrawFn, siglip: bool = True) -> Batch:
     )
 
 
-# The kernels equal the definition, from which the other laws follow: the interpreter is slow.
+# The kernels equal the definition (`test_loss.py`), from which these laws follow. Interpreted, they
+# would take long.
 eager_only = pytest.mark.parametrize("impl", ["eager"], indirect=True)
 
 
-def law(test: Callable[..., None]) -> Callable[..., None]:
+def law(test: Callable[..., None], **options: Any) -> Callable[..., None]:
     """A test with batches of both losses."""
-    return eager_only(examples(0.5)(given(batch=batches())(test)))
-
-
-def law_of_softmax(test: Callable[..., None]) -> Callable[..., None]:
-    """A test with batches of CyCLIP's loss, or of log-sum-exps."""
-    return eager_only(examples(0.5)(given(batch=batches(siglip=False))(test)))
+    return eager_only(examples(0.5)(given(batch=batches(**options))(test)))
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +148,7 @@ def widened(given: Tensors) -> Tensors:
     return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
 
 
+@eager_only
 @given(batch=batches())
 def test_the_loss_equals_its_definition(batch: Batch):
     given = batch.arguments()
@@ -208,7 +205,7 @@ def test_log_sum_exps_equal_their_definition(
     assert_equal(results(ours, given), expected)
 
 
-@law_of_softmax
+@partial(law, siglip=False)
 def test_the_loss_is_linear_in_each_lambda(batch: Batch):
     """The terms of `CyCLIPLoss` and of `CyclicPenalty` are those of weight 1, times the lambda."""
     given = batch.arguments(*FEATURES, "logit_scale")
@@ -222,26 +219,6 @@ def test_the_loss_is_linear_in_each_lambda(batch: Batch):
         return clip + sum(weight / 8 * penalty for weight, penalty in weighted)
 
     assert_equal(batch.loss(given), batch.gradients(total, given))
-
-
-@law_of_softmax
-def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: Batch):
-    """A row's log-sum-exp ignores pairs with its id as if they were absent. Extra negatives that
-    are copies of the absent texts put them back.
-    """
-    leaves = batch.arguments(*FEATURES, "logit_scale")
-    ids = torch.tensor(batch.ids, device=batch.device)
-    ignored = ids == ids[0]
-    ignored[0] = False
-    kept = {name: x[~ignored] if x.ndim else x for name, x in leaves.items()}
-
-    def first(**given: Any) -> Tensors:
-        row, _, pair = batch.log_sum_exps(**given, one_way=True)
-        return {"row": row[:1], "pair": pair[:1]}
-
-    assert_equal(first(**leaves, ids=ids), first(**kept))
-    absent = leaves["text_features"][ignored]
-    assert_equal(first(**kept, negative_text_features=absent), first(**leaves))
 
 
 @law
@@ -264,18 +241,6 @@ def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch: Batch
     moved = {name: given[name] + i * vector for i, name in enumerate(FEATURES, 1)}
     assert_equal(batch.gradients(module, moved), expected)
     assert len(batch.ids) > 1 or not any(x.any() for x in expected.values())
-
-
-@law
-def test_the_names_of_ids_and_the_order_of_negatives_do_not_matter(batch: Batch):
-    new = torch.tensor([2**62 + 7, -5, 0, -(2**63), 2**32], device=batch.device)
-
-    def flipped(tensors: Tensors) -> Tensors:
-        return {name: x.flip(0) if "negative" in name else x for name, x in tensors.items()}
-
-    given = batch.arguments()
-    renamed = given | {name: new[x] for name, x in given.items() if name in IDS}
-    assert_equal(batch.loss(flipped(renamed)), flipped(batch.loss(given)))
 
 
 PLACE = st.integers(0, 7)

@@ -1,7 +1,5 @@
-"""The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation, copies."""
+"""The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation."""
 
-import copy
-import pickle
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, INPUTS, Case, cases, counts
 from support import examples, needs_triton
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from towers import PlainClip
 
@@ -178,7 +176,7 @@ def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], devi
     torch.testing.assert_close(step(wrap=compile), step(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch):
+def test_the_operators_pass_pytorchs_checks(device, monkeypatch):
     """`opcheck` checks schemas, mutation, aliasing, and the shapes of fake tensors."""
     checked = set()
 
@@ -196,7 +194,7 @@ def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch):
         {"function": "siglip", "frozen": frozenset(FEATURES)},
     ):
         case = Case(9, 4, **options)
-        evaluate(case, case.arguments(device), impl)
+        evaluate(case, case.arguments(device), "eager")
     assert len(checked) == 5
 
 
@@ -222,7 +220,7 @@ def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
         return new(i, i, s) + loss(i, t, s, **views) + sum(terms.values())
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
     inputs = Case(9, 4, WIDE).inputs(device)
     torch.testing.assert_close(results(compiled, *inputs), results(function, *inputs))
 
@@ -232,19 +230,3 @@ def test_an_exported_loss_with_ids_has_the_same_value():
     given["ids"] = given["ids"].contiguous()
     exported = torch.export.export(CyCLIPLoss(), (), given, strict=True)
     torch.testing.assert_close(exported.module()(**given), CyCLIPLoss()(**given))
-
-
-MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_a_copy_computes_the_same_loss_and_has_its_own_options(module: nn.Module, device):
-    arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
-    expected = module(*arguments)
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):
-        assert repr(twin) == repr(module)
-        assert twin(*arguments) == expected
-        twin.lambda_inmodal = 3.0
-        assert twin(*arguments) > expected
-        assert module(*arguments) == expected
-    assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss

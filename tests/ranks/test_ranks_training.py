@@ -83,8 +83,7 @@ def rank_graphs(
     given = [
         (lambdas, RankCase(rows_per_rank=x, distance=1.0).rank_inputs(rank)) for x, lambdas in steps
     ]
-    backend = "aot_eager" if dist_impl == "gather" else "eager"
-    return graphs(loss, given, backend, fullgraph=not uneven)
+    return graphs(loss, given, fullgraph=not uneven)
 
 
 @pytest.mark.parametrize(

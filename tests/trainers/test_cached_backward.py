@@ -393,7 +393,7 @@ def wrapped(model: Model, wrapper: str) -> nn.Module:
     if wrapper == "DDP":
         return DistributedDataParallel(model, bucket_cap_mb=1e-4)
     if wrapper == "DDP of compiled":
-        return DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+        return DistributedDataParallel(torch.compile(model, backend="eager"))
     if wrapper == "DDP of each tower":
         model.image, model.text = (
             DistributedDataParallel(tower) for tower in (model.image, model.text)
