@@ -1,7 +1,6 @@
 """`python -m benchmarks gpu`: the tests that it selects, and its measurements in a dry run."""
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ def test_every_test_that_the_suite_selects_exists():
 
 
 def test_the_suite_runs_the_chosen_tests(monkeypatch):
-    def start(command: list[str], **_: Any) -> None:
+    def start(command, **_):
         raise RuntimeError(*command)
 
     monkeypatch.setattr(suite.subprocess, "Popen", start)

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS, ids=lambda competitor: competitor.name)
-def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatch):
+def test_a_competitor_computes_its_definition(competitor, monkeypatch):
     """What is compiled runs in eager mode here, as compiling takes long."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     for name, module in PEERS.items():
@@ -71,11 +70,11 @@ def test_the_losses_beside_a_users_loss_are_measured_at_all_sizes():
     assert all(c.up_to == math.inf for c in COMPETITORS if c.cuda_only or c.name in BESIDE_YOURS)
 
 
-def times(factor: float) -> Any:
+def times(factor):
     return lambda: lambda *inputs: factor * authors_formula(*inputs)
 
 
-def with_wrong_gradient(*inputs: Any) -> torch.Tensor:
+def with_wrong_gradient(*inputs):
     return 1.06 * authors_formula(*inputs) - 0.06 * authors_formula(*inputs).detach()
 
 
@@ -89,7 +88,7 @@ def with_wrong_gradient(*inputs: Any) -> torch.Tensor:
     ],
 )
 def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
-    make: Any, outcome: str, monkeypatch
+    make, outcome, monkeypatch
 ):
     # Three rounds take 2, 9 and 3 ms. After the first, 9 s have passed, so no more rounds fit.
     clock = iter([0, 0, 0.002, 9, 0, 0.009, 0, 0.003])
@@ -125,7 +124,7 @@ def test_each_round_starts_with_another_loss():
         "cached --out /proc",
     ],
 )
-def test_bad_flags_are_refused_before_anything_is_measured(arguments: str, monkeypatch):
+def test_bad_flags_are_refused_before_anything_is_measured(arguments, monkeypatch):
     monkeypatch.setattr(__main__, "import_module", lambda name: pytest.fail(name))
     with pytest.raises(SystemExit, match="2"):
         __main__.main(arguments.split())

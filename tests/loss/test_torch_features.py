@@ -1,7 +1,6 @@
 """The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation."""
 
 from functools import partial
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -33,7 +32,7 @@ WIDE = torch.float64
 @example(case=Case(30, 6, function="log-sum-exps"))
 @example(case=Case(30, 6, function="siglip"))
 @example(case=Case(10, 30, function="siglip"))
-def test_autocast_casts_only_features_and_other_modes_change_no_bit(case: Case, impl, device):
+def test_autocast_casts_only_features_and_other_modes_change_no_bit(case, impl, device):
     """Autocast leaves float64 as it is. The other modes are no_grad, inference_mode and a default
     device.
     """
@@ -60,9 +59,7 @@ OPTIONS += [{"function": name} for name in ("penalties", "siglip", "log-sum-exps
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
-    options: dict[str, Any], impl, device
-):
+def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(options, impl, device):
     case = Case(30, 6, **options)
     given = {name: x.requires_grad_() for name, x in case.arguments(device).items()}
     leaves, loss = list(given.values()), function_of(case, impl)
@@ -83,7 +80,7 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_small_batches_have_second_derivatives(options: dict[str, Any], device):
+def test_small_batches_have_second_derivatives(options, device):
     """The dense form is plain PyTorch."""
     case = Case(3, 3, WIDE, **options)
     given, loss = case.arguments(device), function_of(case, "eager")
@@ -103,7 +100,7 @@ SCHEDULE = [
 @pytest.mark.parametrize(
     ("scale", "trains"), [("tensor", True), ("number", True), ("none", True), ("none", False)]
 )
-def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bool, device):
+def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale, trains, device):
     """Only the first values of each kind may compile a graph. scale: none for the penalties.
 
     AOTAutograd, which takes most of the time, could specialise graphs, too: once is enough.
@@ -112,7 +109,7 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bo
     backend = "aot_eager" if scale == "tensor" else "eager"
     module = CyclicPenalty if scale == "none" else partial(CyCLIPLoss, **progress)
 
-    def inputs(n: int) -> list[Any]:
+    def inputs(n):
         image, text, tensor = Case(n, 12, WIDE, distance=1.0).inputs(device)
         return [image, text, *{"tensor": [tensor], "number": [float(n)], "none": []}[scale]]
 
@@ -134,7 +131,7 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bo
 @pytest.mark.parametrize(
     ("function", "kernel"), [("cyclip", "contrastive_lse"), ("siglip", "elementwise_terms")]
 )
-def test_compiled_code_runs_the_kernels(function: str, kernel: str, device, monkeypatch):
+def test_compiled_code_runs_the_kernels(function, kernel, device, monkeypatch):
     from cyclip_loss import kernels
 
     mock = Mock(wraps=getattr(kernels, kernel))
@@ -163,7 +160,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize("options", CALLS)
-def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], device):
+def test_each_form_of_call_compiles_into_one_graph(options, device):
     """Value and gradients equal the eager ones. With AOTAutograd it takes three times as long, so
     only those calls have it that return terms.
     """
@@ -180,7 +177,7 @@ def test_the_operators_pass_pytorchs_checks(device, monkeypatch):
     """`opcheck` checks schemas, mutation, aliasing, and the shapes of fake tensors."""
     checked = set()
 
-    def call(self: Operator, *arguments: Any) -> Any:
+    def call(self, *arguments):
         values = [value for x in arguments for value in (x if isinstance(x, tuple) else [x])]
         torch.library.opcheck(self.operator, tree_map_only(Tensor, Tensor.detach, values))
         checked.add(self)
@@ -199,7 +196,7 @@ def test_the_operators_pass_pytorchs_checks(device, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [3, 4, 30])
-def test_inductor_keeps_all_gradients(n: int, device):
+def test_inductor_keeps_all_gradients(n, device):
     """PyTorch 2.13's Inductor dropped the gradient of the pairs' logits in a draft of our code.
 
     Most tests compile with other backends.
@@ -213,7 +210,7 @@ def test_inductor_keeps_all_gradients(n: int, device):
 def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
     loss, another = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip())
 
-    def function(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def function(i, t, s):
         views = {"augmented_image_features": i, "augmented_text_features": t}
         terms = another(i, t, s, output_dict=True)
         new = CyCLIPLoss(0.3, reference_batch_size=32)

@@ -5,9 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ pytest_plugins = ["pretraining"]
 
 
 @pytest.fixture
-def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
+def resume_run(dry_run, tmp_path):
     """Resumes a run of one epoch with other flags, as far as --dry-run goes.
 
     begun_with: the settings in its params.txt that differ from those of the flags.
@@ -33,7 +30,7 @@ def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
 
-    def again(flags: str = "", ours: str = "", **begun_with: object) -> Any:
+    def again(flags="", ours="", **begun_with):
         lines = [f"{name}: {value}\n" for name, value in {**settings, **begun_with}.items()]
         (run / "params.txt").write_text("".join(lines))
         return dry_run(f"{ours} {same} {flags}")
@@ -65,7 +62,7 @@ def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, mon
     resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug --val-frequency 2")
     parse_args = command.trainer.parse_args
 
-    def with_new_flag(flags: list[str]) -> object:
+    def with_new_flag(flags):
         args = parse_args(flags)
         args.brand_new_flag = 2
         return args
@@ -86,14 +83,14 @@ def test_another_number_of_ranks_is_refused(resume_run, monkeypatch):
         resume_run(batch_size=4)
 
 
-def results(out: Path) -> list[dict[str, float]]:
+def results(out):
     """The validations of the run."""
     lines = (out / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 @pytest.fixture
-def finished(pretrain, capsys) -> str:
+def finished(pretrain, capsys):
     """The last line that a run of one epoch printed."""
     pretrain()
     return capsys.readouterr().out.splitlines()[-1]
