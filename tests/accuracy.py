@@ -56,7 +56,10 @@ def value_and_grads(
 
 
 def graphs(
-    loss: Any, steps: Iterable[tuple[tuple[float, float], list[Any]]], fullgraph: bool = True
+    loss: Any,
+    steps: Iterable[tuple[tuple[float, float], list[Any]]],
+    backend: str = "eager",
+    fullgraph: bool = True,
 ) -> list[int]:
     """The number of graphs after each step of a compiled loss, which equals the eager one.
 
@@ -65,7 +68,7 @@ def graphs(
     from torch._dynamo.testing import CompileCounterWithBackend  # slow
 
     torch._dynamo.reset()
-    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    counter, counts = CompileCounterWithBackend(backend), []
     compiled = torch.compile(loss, fullgraph=fullgraph, backend=counter)
     for index, (lambdas, inputs) in enumerate(steps):
         loss.lambda_inmodal, loss.lambda_crossmodal = lambdas

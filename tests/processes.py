@@ -1,9 +1,13 @@
-"""Python in a new process, in the checkout. Kernels are interpreted, and it sees no GPU."""
+"""Python in a new process. Kernels are interpreted, and it sees no GPU."""
 
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from interpreter import speed_up
+from pool import fork_context
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -11,8 +15,32 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DE
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
-def run_python(*arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    """Run Python to its end."""
+Ended = subprocess.CompletedProcess[str]
+
+
+def run_python(*arguments: str, cwd: Path = ROOT) -> Ended:
+    """Run Python to its end, by default in the checkout."""
     options = {"capture_output": True, "text": True, "timeout": 1200.0, "check": False}
     command, environment = [sys.executable, *arguments], os.environ | ENVIRONMENT
     return subprocess.run(command, cwd=cwd, env=environment, **options)
+
+
+def run_forked(program: str, *arguments: str, cwd: Path) -> Ended:
+    """Run the text of a program. The process is forked from one that has imported slow modules.
+
+    What it prints to either stream is in `stdout`, and in `cwd` / "printed.txt".
+    """
+    process = fork_context().Process(target=_run, args=(program, arguments, cwd))
+    process.start()
+    process.join()
+    printed = (cwd / "printed.txt").read_text()
+    return Ended(arguments, process.exitcode, printed)
+
+
+def _run(program: str, arguments: tuple[str, ...], cwd: Path) -> None:
+    os.environ.update(ENVIRONMENT)
+    os.chdir(cwd)
+    sys.argv[1:] = arguments
+    speed_up()
+    with open("printed.txt", "w") as file, redirect_stdout(file), redirect_stderr(file):
+        exec(program, {"__name__": "__main__"})

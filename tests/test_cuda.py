@@ -21,7 +21,7 @@ PRODUCTS = pytest.mark.parametrize("products", ["highest", "high"])  # "high": t
 SEVERAL_TILES = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
 
 
-def make_loss(case: Case, impl: str) -> CyCLIPLoss:
+def make_loss(case, impl):
     return CyCLIPLoss(*case.lambdas, impl=impl)
 
 
@@ -37,9 +37,7 @@ def make_loss(case: Case, impl: str) -> CyCLIPLoss:
         Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off", reason="unaligned"),
     ],
 )
-def test_batches_of_many_tiles_are_accurate(
-    case: Case, dtype: torch.dtype, products: str, impl, device
-):
+def test_batches_of_many_tiles_are_accurate(case, dtype, products, impl, device):
     """Tiles have their shipped sizes. In the other tests a batch has only a few tiles."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
     with setting("float32_matmul_precision", products):
@@ -48,7 +46,7 @@ def test_batches_of_many_tiles_are_accurate(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
-def test_large_batches_are_accurate(n: int, d: int, scale: float, device):
+def test_large_batches_are_accurate(n, d, scale, device):
     """N = 16,385 needs more than one block of G. Large models train with N = 65,536.
 
     The reference is the eager engine in float64, as the oracle of the other tests would take
@@ -65,7 +63,7 @@ def test_large_batches_are_accurate(n: int, d: int, scale: float, device):
 
 
 @DTYPES
-def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device):
+def test_eulers_identity_holds_for_65536_pairs(dtype, device):
     """It needs no oracle, which would take minutes. (`tests/loss/test_properties.py` has it, too.)
 
     The logits have degree 2 in the features, and the penalties degree 4. Rounding of the gradients
@@ -84,7 +82,7 @@ def test_eulers_identity_holds_for_65536_pairs(dtype: torch.dtype, device):
 
 @PRODUCTS
 @DTYPES
-def test_every_call_gives_the_same_bits(dtype: torch.dtype, products: str, impl, device):
+def test_every_call_gives_the_same_bits(dtype, products, impl, device):
     """Without PyTorch's deterministic mode, in which other tests run."""
     case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
     inputs = case.inputs(device)
@@ -141,11 +139,11 @@ def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl):
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_a_step_does_not_synchronise_with_the_host(impl, lambdas, output_dict: bool, device):
+def test_a_step_does_not_synchronise_with_the_host(impl, lambdas, output_dict, device):
     loss = CyCLIPLoss(*lambdas, impl=impl)
     leaves = SEVERAL_TILES.leaves(device)
 
-    def step() -> None:
+    def step():
         terms = loss(*leaves, output_dict=output_dict)
         (sum(terms.values()) if output_dict else terms).backward()
 

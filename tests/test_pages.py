@@ -4,7 +4,6 @@ import doctest
 import warnings
 from importlib import import_module
 from math import log
-from typing import Any
 
 import pytest
 import torch
@@ -19,12 +18,12 @@ FEATURES = ("image_features", "text_features", "logit_scale")
 
 
 class Model(TwoTowers):
-    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> Any:
+    def forward(self, images, texts):
         return tuple(super().forward(images, texts).values())
 
 
 @pytest.fixture
-def given() -> dict[str, Any]:
+def given():
     """A model, a batch and the model's output, under the names that the pages use."""
     model, images, texts = Model(), torch.randn(6, IMAGE_SIZE), torch.randn(6, TEXT_SIZE)
     loss_fn = cyclip_loss.CyCLIPLoss(reference_batch_size=128)
@@ -36,7 +35,7 @@ def given() -> dict[str, Any]:
     ("page", "reference_batch_size"),
     [("README.md", 32), ("docs/choosing.md", 128), ("docs/from_the_authors_code.md", None)],
 )
-def test_the_loss_on_a_page_is_the_definition(page: str, reference_batch_size, given):
+def test_the_loss_on_a_page_is_the_definition(page, reference_batch_size, given):
     """The README's block needs no other variables, and has the recommended settings."""
     recommended = page == "README.md"
     names = run(page, **({} if recommended else given))
@@ -83,7 +82,7 @@ def test_the_tables_of_the_pages_are_made_of_the_records():
 
 
 @pytest.mark.parametrize("name", ["engines", "logsumexp", "loss", "siglip"])
-def test_docstring_examples_print_what_they_show(name: str):
+def test_docstring_examples_print_what_they_show(name):
     outcome = doctest.testmod(import_module(f"cyclip_loss.{name}"), extraglobs={"torch": torch})
     assert outcome.attempted > 0
     assert outcome.failed == 0

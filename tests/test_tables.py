@@ -4,7 +4,6 @@ import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ warm-up = runs/again-warmup-512-128-?"""
 
 
 @pytest.fixture(scope="module")
-def tables() -> Any:
+def tables():
     return SimpleNamespace(**runpy.run_path(str(ROOT / ".mkdocs/tables.py")))
 
 
@@ -32,7 +31,7 @@ def tables() -> Any:
         ("43.33, 43.77\n", "43.33, 39.77\n"),  # one run is far from the others
     ],
 )
-def test_a_broken_record_loses_its_mark(tables, tmp_path, old: str, new: str):
+def test_a_broken_record_loses_its_mark(tables, tmp_path, old, new):
     text = RECORD.read_text(encoding="utf-8")
     assert text.count(old) == 1
     spec = SPEC.format(folder=tmp_path)

@@ -1,11 +1,10 @@
 """`python -m benchmarks gpu`: the tests that it selects, and its measurements in a dry run."""
 
 import re
-from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, run_python
+from processes import ROOT, run_forked
 
 from benchmarks.gpu import suite
 from benchmarks.run import Run
@@ -19,7 +18,7 @@ def test_every_test_that_the_suite_selects_exists():
 
 
 def test_the_suite_runs_the_chosen_tests(monkeypatch):
-    def start(command: list[str], **_: Any) -> None:
+    def start(command, **_):
         raise RuntimeError(*command)
 
     monkeypatch.setattr(suite.subprocess, "Popen", start)
@@ -42,10 +41,11 @@ runpy.run_module("benchmarks", run_name="__main__")
 
 
 def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path):
-    arguments = f"gpu --dry-run --out {tmp_path} --sections kernels competitors"
-    ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    (file,) = tmp_path.iterdir()
+    out = tmp_path / "out"
+    arguments = f"gpu --dry-run --out {out} --sections kernels competitors"
+    ran = run_forked(SMALL_DRY_RUN, *arguments.split(), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout
+    (file,) = out.iterdir()
     page = file.read_text()
     assert "DRY RUN" in page
     assert f"`python -m benchmarks {arguments}`" in page

@@ -4,7 +4,6 @@ import sys
 import warnings
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("unverified_kernels")
 
 
 @pytest.mark.parametrize(("first", "second"), [("eager", "triton"), ("triton", "eager")])
-def test_backward_uses_the_engine_that_forward_chose(first: str, second: str, monkeypatch):
+def test_backward_uses_the_engine_that_forward_chose(first, second, monkeypatch):
     """CYCLIP_LOSS_IMPL changes between forward and backward."""
     inputs = Case(20, 4).leaves("cpu")
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", first)
@@ -47,7 +46,7 @@ GPUS = [
 
 @pytest.mark.parametrize(("gpu", "version", "expected"), GPUS)
 def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
-    gpu: Any, version: str | None, expected: str | None, monkeypatch
+    gpu, version, expected, monkeypatch
 ):
     properties = SimpleNamespace(gcnArchName=gpu)
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
@@ -58,7 +57,7 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
 
 
 @pytest.mark.parametrize("is_supported", [True, False])
-def test_without_triton_or_on_another_gpu_pytorch_computes(is_supported: bool, monkeypatch):
+def test_without_triton_or_on_another_gpu_pytorch_computes(is_supported, monkeypatch):
     """A supported GPU without Triton warns once what to install."""
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90" if is_supported else None)
     monkeypatch.setattr(engines, "_import_problem", lru_cache(engines._import_problem.__wrapped__))
@@ -90,7 +89,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("impl", "variable", "features", "engine", "computes"), CHOICES)
 def test_the_option_the_environment_and_the_features_choose_the_engine(
-    impl: str, variable: str, features: torch.Tensor, engine: str, computes: str, monkeypatch
+    impl, variable, features, engine, computes, monkeypatch
 ):
     monkeypatch.setattr(kernels, "MAX_D", 2)
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", variable)

@@ -3,11 +3,9 @@
 Without a GPU: launches are only recorded.
 """
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 import triton
 from accuracy import function_of
 from inputs import LAYOUTS, Case
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -36,7 +33,7 @@ class PyTorchLaunches(TorchDispatchMode):
     Computes no product and no copy of a matrix, which takes long on a CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.names = []
 
@@ -61,14 +58,14 @@ H100 = SimpleNamespace(
 
 
 @contextmanager
-def no_device() -> Iterator[list[str]]:
+def no_device():
     """Lets the Triton engine take CPU tensors. Launches are only recorded, so results are garbage.
 
     Yields a list that gets the name of each launched kernel, with what identifies the binary if it
     is one of Triton's. It does not work in Triton's interpreter.
     """
 
-    def record(*, key: str, fn: Any, **_: Any) -> bool:
+    def record(*, key, fn, **_):
         counter.names.append(f"{fn.name} {key}")
         return True  # nothing to compile or launch
 
@@ -81,7 +78,7 @@ def no_device() -> Iterator[list[str]]:
             yield counter.names
 
 
-def step(launched: list[str], case: Case, **changes: Tensor) -> int:
+def step(launched, case, **changes):
     """The number of launches of a training step."""
     given, function = case.arguments("cpu") | changes, function_of(case, "triton")
     leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in given.items()}
@@ -91,12 +88,12 @@ def step(launched: list[str], case: Case, **changes: Tensor) -> int:
     return len(launched) - before
 
 
-def shifted(x: Tensor) -> Tensor:
+def shifted(x):
     """A copy that starts one element after an aligned address."""
     return F.pad(x.detach().flatten(), (1, 0))[1:].view(x.shape)
 
 
-def compiled_binaries(dtype: torch.dtype, d: int) -> tuple[set[str], set[str]]:
+def compiled_binaries(dtype, d):
     """The binaries of two aligned batches, and those that batches of other shapes add."""
     binaries = []
     with no_device() as launched:
@@ -124,7 +121,7 @@ def test_no_batch_makes_triton_compile_again(uninterpreted):
             assert added == set()
 
 
-def launches_of_a_step(case: Case) -> int:
+def launches_of_a_step(case):
     with no_device() as launched:
         return step(launched, case)
 
@@ -141,7 +138,7 @@ def launches_of_a_step(case: Case) -> int:
     ],
     ids=str,
 )
-def test_a_step_launches_few_kernels(options: dict[str, Any], most: int, uninterpreted):
+def test_a_step_launches_few_kernels(options, most, uninterpreted):
     """OpenCLIP's loss without penalties launches 30, the authors' formula 62."""
     for dtype in (torch.float32, torch.bfloat16):
         for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -38,18 +37,18 @@ def file(tmp_path, monkeypatch):
     configs.tuned.cache_clear()
 
 
-def remember(index: int = 1):
+def remember(index=1):
     """Write the candidate with this index to the file. Candidate 0 is the shipped tile."""
     tune.remember(configs.tiles_file(), CPU, {KEY: asdict(CANDIDATES[index])})
     configs.tuned.cache_clear()
     return CANDIDATES[index]
 
 
-def tile_of(*shape: int, dtype: torch.dtype = BFLOAT16, **options: Any):
+def tile_of(*shape, dtype=BFLOAT16, **options):
     return config_for("contrastive_lse", torch.ones(shape, dtype=dtype), **options)
 
 
-def warned() -> list[str]:
+def warned():
     """Look up a kernel's tile twice, and return the warnings. The tile must be the shipped one."""
     configs.tuned.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
@@ -62,9 +61,9 @@ def warned() -> list[str]:
 
 @pytest.mark.parametrize("fault", ["", "not close", "RuntimeError: out of resource"])
 def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_out(
-    fault: str, file, monkeypatch, capsys
+    fault, file, monkeypatch, capsys
 ):
-    def faulty(kernel: Any, *arguments: Any) -> Any:
+    def faulty(kernel, *arguments):
         assert all(x.symmetric for x in arguments if isinstance(x, Logits))  # the whole loss
         results = kernel(*arguments)
         if "resource" in fault:
@@ -89,11 +88,11 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
     [(1.0, 0.97, True), (1.0, 0.99, False), (torch.inf, 5.0, True), (torch.inf, torch.inf, False)],
 )
 def test_a_candidate_is_chosen_if_it_is_two_percent_faster_and_there_is_time_for_it(
-    shipped_ms: float, ms: float, chosen: bool, monkeypatch
+    shipped_ms, ms, chosen, monkeypatch
 ):
     """The clock rises by a second for each candidate. The limit is for all kernels together."""
 
-    def trial(kernel: str, image: torch.Tensor, _: Any, tile: Any) -> float:
+    def trial(kernel, image, _, tile):
         return shipped_ms if tile == shipped[kernel][HALF] else ms
 
     shipped, clock = configs.shipped(CPU), count()
@@ -109,7 +108,7 @@ def test_a_candidate_is_chosen_if_it_is_two_percent_faster_and_there_is_time_for
     assert configs.tuned(CPU) == {key: tile for key, *_, tile in rows}
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
+def run_main(monkeypatch, rows):
     """The command if there is a GPU and `tune` yields these rows."""
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "INTERPRETED", False)
@@ -163,7 +162,7 @@ def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
 
 
 @pytest.mark.parametrize("change", [("{", ""), ("num_warps", "colour")])
-def test_a_broken_file_gives_one_warning_with_its_path(change: tuple[str, str], file):
+def test_a_broken_file_gives_one_warning_with_its_path(change, file):
     remember()
     file.write_text(file.read_text().replace(*change))
     (message,) = warned()

@@ -22,7 +22,6 @@ from inputs import (
     pairs,
 )
 from support import examples, needs_triton, setting
-from torch import Tensor
 
 from cyclip_loss import (
     CyclicPenalty,
@@ -75,26 +74,26 @@ HARD = [
 
 @examples(6)
 @given(case=cases())
-def test_eager_engine_is_accurate_in_each_element(case: Case, device):
+def test_eager_engine_is_accurate_in_each_element(case, device):
     check_loss(case, "eager", device)
 
 
 @examples(2)
 @given(case=cases(dtype=st.sampled_from(DTYPES[:3]), logit_scale=ANY_SCALE))
-def test_eager_engine_is_accurate_at_any_scale(case: Case, device):
+def test_eager_engine_is_accurate_at_any_scale(case, device):
     """Columns may be far below every row. (Gradients of float16 features would overflow.)"""
     check_loss(case, "eager", device)
 
 
 @needs_triton
-@examples(2)
+@examples(1.2)
 @given(case=cases(**FOR_KERNELS))
-def test_kernels_are_accurate_in_each_element(case: Case, device):
+def test_kernels_are_accurate_in_each_element(case, device):
     check_loss(case, "triton", device)
 
 
 @pytest.mark.parametrize("case", HARD)
-def test_hard_cases_are_accurate_in_each_element(case: Case, impl, device):
+def test_hard_cases_are_accurate_in_each_element(case, impl, device):
     if impl == "triton" and case.dtype == WIDE:  # which the kernels do not compute
         case = replace(case, dtype=torch.float32)
     check_loss(case, impl, device)
@@ -102,7 +101,7 @@ def test_hard_cases_are_accurate_in_each_element(case: Case, impl, device):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(("dtype", "most"), [(WIDE, 1e-12), (torch.float32, 2e-4)])
-def test_the_bounds_for_ordinary_features_are_small(function: str, dtype: torch.dtype, most: float):
+def test_the_bounds_for_ordinary_features_are_small(function, dtype, most):
     """Relative to a result's largest element. So a mistake in them can't hide one in the code."""
     case = Case(60, 40, dtype, function=function)
     given = case.arguments("cpu")
@@ -147,7 +146,7 @@ def test_ids_of_each_integer_dtype_give_the_same_loss(device):
 
 
 @pytest.mark.parametrize("weight", [None, 0, 0.7])
-def test_the_inmodal_contrastive_term_has_its_weight(weight: float | None, device):
+def test_the_inmodal_contrastive_term_has_its_weight(weight, device):
     given = Case(9, 6, WIDE, views=True).arguments(device)
     loss = CyCLIPLoss(inmodal_contrastive_weight=weight)
     terms = loss(**given, output_dict=True)
@@ -159,7 +158,7 @@ def test_the_inmodal_contrastive_term_has_its_weight(weight: float | None, devic
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_upstream_gradients_of_a_sum_and_of_both_signs(index: int, impl, device):
+def test_upstream_gradients_of_a_sum_and_of_both_signs(index, impl, device):
     """The upstream gradient of a sum has the stride 0. Both signs give NaN if streamed."""
     image, text, scale = inputs = Case(9, 4).leaves(device)
     *lse, pair_logits = contrastive_logsumexp(*inputs, impl=impl)
@@ -170,7 +169,7 @@ def test_upstream_gradients_of_a_sum_and_of_both_signs(index: int, impl, device)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_matmul_precision_is_obeyed_and_not_changed(impl, precision: str, device):
+def test_the_matmul_precision_is_obeyed_and_not_changed(impl, precision, device):
     """The settings "high" and "medium" allow tf32."""
     wide_rows = {"image_layout": "rows 16 elements wider"}
     case = Case(80, 32, distance=1e-5, lambdas=(0.5, 0.25), output_dict=True, **wide_rows)
@@ -180,13 +179,11 @@ def test_the_matmul_precision_is_obeyed_and_not_changed(impl, precision: str, de
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:])
-def test_16_bit_matrices_multiplied_into_float32_are_accurate(
-    dtype: torch.dtype, monkeypatch, device
-):
+def test_16_bit_matrices_multiplied_into_float32_are_accurate(dtype, monkeypatch, device):
     """The eager engine uses such products on CUDA. This test imitates them."""
 
     def widening(original):
-        def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
+        def multiply(*matrices, out_dtype=None, **options):
             return original(*[x.to(out_dtype or x.dtype) for x in matrices], **options)
 
         return multiply
@@ -202,7 +199,7 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(
 
 
 def test_16_bit_matrices_are_widened_if_their_device_refuses_such_products(monkeypatch):
-    def refuses(*_, **__) -> Tensor:
+    def refuses(*_, **__):
         raise RuntimeError("NOT_SUPPORTED")
 
     monkeypatch.setattr(torch, "mm", refuses)

@@ -1,7 +1,6 @@
 """`consistency_metrics` against the dense definitions."""
 
 import math
-from typing import Any
 
 import inputs
 import pytest
@@ -14,18 +13,18 @@ from support import strips_of
 from cyclip_loss import consistency_metrics
 
 
-def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
+def dense_metrics(image, text):
     """Each metric by its definition, with N x N matrices, in float64."""
     image, text = image.double(), text.double()
 
-    def uniformity(x: torch.Tensor) -> torch.Tensor:
+    def uniformity(x):
         return (-2 * torch.pdist(x).square()).exp().mean().log()
 
-    def accuracy(similarities: torch.Tensor) -> torch.Tensor:
+    def accuracy(similarities):
         own = torch.arange(len(image), device=image.device)
         return (similarities.argmax(dim=1) == own).double().mean()
 
-    def correlation(x: torch.Tensor, y: torch.Tensor) -> Any:
+    def correlation(x, y):
         if len(x) < 3:
             return math.nan
         others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -55,7 +54,7 @@ LAYOUTS = st.sampled_from([layout for layout in inputs.LAYOUTS if layout != "exp
 
 @given(case=cases(image_layout=LAYOUTS, text_layout=LAYOUTS))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
-def test_metrics_equal_their_dense_definitions(case: Case, device):
+def test_metrics_equal_their_dense_definitions(case, device):
     """They are computed under autocast here, which must not cast anything."""
     given = case.arguments(device)
     image, text = (given[name] for name in FEATURES)

@@ -1,24 +1,21 @@
-"""The laws of the loss, on each engine. (`tests/ranks` has its laws across ranks.)
+"""The laws of the loss. (`tests/ranks` has its laws across ranks.)
 
 Hypothesis draws small batches, dense and streamed, with features that are multiples of 1/4. So a
 law that fails is printed with a batch that one can compute by hand.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from math import isnan
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from accuracy import value_and_grads
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import FEATURES, NEGATIVES, Tensors
+from inputs import FEATURES, NEGATIVES
 from support import examples, strips_of
-from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
 
@@ -50,7 +47,7 @@ class Batch:
     impl: ClassVar[str]  # these are set for each test
     device: ClassVar[torch.device]
 
-    def arguments(self, *names: str) -> Tensors:
+    def arguments(self, *names):
         """These arguments, by default all."""
         found = {}
         all_names = (*FEATURES, *NEGATIVES, "logit_scale", "logit_bias", *IDS)
@@ -63,33 +60,33 @@ class Batch:
                 found[name] = tensor.reshape(-1, len(self.vector)) / 4 if rows else tensor
         return found
 
-    def module(self, **options: Any) -> CyCLIPLoss | CySigLIPLoss:
+    def module(self, **options):
         module = CyCLIPLoss if self.logit_bias is None else CySigLIPLoss
         return module(*[x / 8 for x in self.lambdas], **options, impl=self.impl)
 
-    def penalty(self, *lambdas: float, **options: Any) -> CyclicPenalty:
+    def penalty(self, *lambdas, **options):
         return CyclicPenalty(*lambdas, **options, impl=self.impl)
 
-    def log_sum_exps(self, **given: Any) -> Any:
+    def log_sum_exps(self, **given):
         with strips_of(self.strip_rows):
             return contrastive_logsumexp(**given, impl=self.impl)
 
-    def loss(self, given: Tensors) -> Tensors:
+    def loss(self, given):
         """The loss of these arguments, with its gradients."""
         options = {"same_ids": self.same_ids} if "ids" in given else {}
         return self.gradients(self.module(**options), given)
 
-    def gradients(self, function: Any, given: Tensors) -> Tensors:
+    def gradients(self, function, given):
         """The result of `function(**given)`, under the name "value", and its gradients."""
         with strips_of(self.strip_rows):
             return value_and_grads(function, given)
 
 
 @st.composite
-def batches(draw: st.DrawFn, siglip: bool = True) -> Batch:
+def batches(draw, siglip=True):
     n, d = draw(st.integers(1, 8)), draw(st.integers(1, 5))
 
-    def lists(elements: st.SearchStrategy[Any], size: int) -> Any:
+    def lists(elements, size):
         return draw(st.lists(elements, min_size=size, max_size=size))
 
     row = st.lists(st.integers(-4, 4), min_size=d, max_size=d)
@@ -110,19 +107,19 @@ def batches(draw: st.DrawFn, siglip: bool = True) -> Batch:
     )
 
 
-def law(test: Callable[..., None]) -> Callable[..., None]:
+# The kernels equal the definition (`test_loss.py`), from which these laws follow. Interpreted, they
+# would take long.
+eager_only = pytest.mark.parametrize("impl", ["eager"], indirect=True)
+
+
+def law(test, **options):
     """A test with batches of both losses."""
-    return examples(0.5)(given(batch=batches())(test))
-
-
-def law_of_softmax(test: Callable[..., None]) -> Callable[..., None]:
-    """A test with batches of CyCLIP's loss, or of log-sum-exps."""
-    return examples(0.5)(given(batch=batches(siglip=False))(test))
+    return eager_only(examples(0.5)(given(batch=batches(**options))(test)))
 
 
 @pytest.fixture(autouse=True)
-def engine(impl, device, monkeypatch, recwarn) -> None:
-    """All tests here run on each engine. Rows are not of unit length, and recwarn takes warnings.
+def engine(impl, device, monkeypatch, recwarn):
+    """Rows are not of unit length, and recwarn takes warnings.
 
     raising: the class has no such attributes yet.
     """
@@ -130,7 +127,7 @@ def engine(impl, device, monkeypatch, recwarn) -> None:
     monkeypatch.setattr(Batch, "device", device, raising=False)
 
 
-def assert_equal(found: Tensors, expected: Tensors) -> None:
+def assert_equal(found, expected):
     """Up to rounding, relative to the largest element of a value or gradient, or to 1."""
     assert found.keys() == expected.keys()
     for name, right in expected.items():
@@ -145,16 +142,16 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
         )
 
 
-def widened(given: Tensors) -> Tensors:
+def widened(given):
     return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
 
 
-@examples(1.5)
+@eager_only
 @given(batch=batches())
-def test_the_loss_equals_its_definition(batch: Batch):
+def test_the_loss_equals_its_definition(batch):
     given = batch.arguments()
 
-    def definition(logit_bias: Tensor | None = None, **given: Tensor) -> Tensor:
+    def definition(logit_bias=None, **given):
         options = {"same_ids": batch.same_ids, **given}
         contrastive, *penalties = reference.cyclip_loss(
             lambda_inmodal=batch.lambdas[0] / 8, lambda_crossmodal=batch.lambdas[1] / 8, **options
@@ -171,7 +168,7 @@ WITHOUT_NEGATIVES = Batch(
 )
 
 
-@examples(2)
+@examples(4 / 3)
 @given(
     batch=batches(False),
     weights=st.lists(st.integers(0, 3), min_size=24, max_size=24),
@@ -179,19 +176,17 @@ WITHOUT_NEGATIVES = Batch(
     one_way=st.booleans(),
 )
 @example(batch=WITHOUT_NEGATIVES, weights=[1] * 24, sign=1, one_way=False)
-def test_log_sum_exps_equal_their_definition(
-    batch: Batch, weights: list[int], sign: int, one_way: bool
-):
+def test_log_sum_exps_equal_their_definition(batch, weights, sign, one_way):
     """weights: upstream gradients, those of the pair logits plus 1. sign: of all of them."""
     given = {name: x for name, x in batch.arguments().items() if "negative_image" not in name}
     upstream = torch.tensor(weights, dtype=torch.float64, device=batch.device).view(3, 8)
     upstream[0] -= 1
     upstream *= sign
 
-    def results(function: Any, given: Tensors) -> Tensors:
+    def results(function, given):
         vectors = []
 
-        def weighted_sum(**given: Tensor) -> Tensor:
+        def weighted_sum(**given):
             row, column, pair = function(**given)
             vectors[:] = (pair, row) if one_way else (pair, row, column)
             # A row without negatives has -inf, and 0 * -inf is NaN.
@@ -206,12 +201,12 @@ def test_log_sum_exps_equal_their_definition(
     assert_equal(results(ours, given), expected)
 
 
-@law_of_softmax
-def test_the_loss_is_linear_in_each_lambda(batch: Batch):
+@partial(law, siglip=False)
+def test_the_loss_is_linear_in_each_lambda(batch):
     """The terms of `CyCLIPLoss` and of `CyclicPenalty` are those of weight 1, times the lambda."""
     given = batch.arguments(*FEATURES, "logit_scale")
 
-    def total(logit_scale: Tensor, **features: Tensor) -> Tensor:
+    def total(logit_scale, **features):
         clip = replace(batch, lambdas=(0, 0)).module()(**features, logit_scale=logit_scale)
         penalties = batch.penalty(1, 1)(**features, output_dict=True)
         alone = batch.penalty(0, 1)(**features)
@@ -222,28 +217,8 @@ def test_the_loss_is_linear_in_each_lambda(batch: Batch):
     assert_equal(batch.loss(given), batch.gradients(total, given))
 
 
-@law_of_softmax
-def test_ignored_rows_and_extra_negatives_are_as_defined_by_the_columns(batch: Batch):
-    """A row's log-sum-exp ignores pairs with its id as if they were absent. Extra negatives that
-    are copies of the absent texts put them back.
-    """
-    leaves = batch.arguments(*FEATURES, "logit_scale")
-    ids = torch.tensor(batch.ids, device=batch.device)
-    ignored = ids == ids[0]
-    ignored[0] = False
-    kept = {name: x[~ignored] if x.ndim else x for name, x in leaves.items()}
-
-    def first(**given: Any) -> Tensors:
-        row, _, pair = batch.log_sum_exps(**given, one_way=True)
-        return {"row": row[:1], "pair": pair[:1]}
-
-    assert_equal(first(**leaves, ids=ids), first(**kept))
-    absent = leaves["text_features"][ignored]
-    assert_equal(first(**kept, negative_text_features=absent), first(**leaves))
-
-
 @law
-def test_eulers_identity_holds(batch: Batch):
+def test_eulers_identity_holds(batch):
     """It needs no oracle. The logits have degree 2 in the features, and the penalties degree 4."""
     given = batch.arguments()
     found = batch.loss(given)
@@ -255,25 +230,13 @@ def test_eulers_identity_holds(batch: Batch):
 
 
 @law
-def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch: Batch):
+def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch):
     given, module = batch.arguments(*FEATURES), batch.penalty(0.5, 0.25, centered=True)
     expected = batch.gradients(module, given)
     vector = torch.tensor(batch.vector, device=batch.device)
     moved = {name: given[name] + i * vector for i, name in enumerate(FEATURES, 1)}
     assert_equal(batch.gradients(module, moved), expected)
     assert len(batch.ids) > 1 or not any(x.any() for x in expected.values())
-
-
-@law
-def test_the_names_of_ids_and_the_order_of_negatives_do_not_matter(batch: Batch):
-    new = torch.tensor([2**62 + 7, -5, 0, -(2**63), 2**32], device=batch.device)
-
-    def flipped(tensors: Tensors) -> Tensors:
-        return {name: x.flip(0) if "negative" in name else x for name, x in tensors.items()}
-
-    given = batch.arguments()
-    renamed = given | {name: new[x] for name, x in given.items() if name in IDS}
-    assert_equal(batch.loss(flipped(renamed)), flipped(batch.loss(given)))
 
 
 PLACE = st.integers(0, 7)
@@ -283,33 +246,34 @@ PERFECT = replace(
 )
 
 
-@examples(0.3)
-@given(batch=batches(), place=st.tuples(PLACE, PLACE, PLACE))
-@example(batch=PERFECT, place=(0, 0, 0))
-@example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0))
-def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
-    batch: Batch, place: tuple[int, int, int]
-):
+@examples(1.5)
+@given(
+    batch=batches(),
+    place=st.tuples(PLACE, PLACE, PLACE),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    sign=st.sampled_from([1, -1, None]),
+)
+@example(batch=PERFECT, place=(0, 0, 0), bad=torch.inf, sign=None)
+@example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0), bad=torch.inf, sign=None)
+def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(batch, place, bad, sign):
     """Not even if logits of -inf would leave it finite. place: which input, row and column.
 
-    In two of three rounds all texts have one sign, and images are positive, so that the logits of
-    an infinite row have one sign, too.
+    sign: of all texts, with positive images, so that the logits of an infinite row have one sign.
     """
     batch = replace(batch, lambdas=(2, 4))
-    for bad, sign in product((torch.nan, torch.inf, -torch.inf), (1, -1, None)):
-        given = batch.arguments()
-        names = [name for name, x in given.items() if "features" in name and len(x)]
-        for name in names if sign else ():
-            given[name] = given[name].abs() * (sign if "text" in name else 1)
-        names += ["logit_scale"] if isnan(bad) else []  # the loss warns of infinite ones
-        name = names[place[0] % len(names)]
-        n, d = torch.atleast_2d(given[name]).shape
-        torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
-        with strips_of(batch.strip_rows):
-            terms = batch.module(same_ids=batch.same_ids)(**given, output_dict=True)
-        results = [sum(terms.values())]
-        if name in FEATURES:
-            pairs = {x: given[x] for x in (*FEATURES, "logit_scale")}
-            results = [*terms.values(), *(x.logsumexp(0) for x in batch.log_sum_exps(**pairs))]
-        for result in results:
-            assert not result.isfinite(), (name, bad, sign)
+    given = batch.arguments()
+    names = [name for name, x in given.items() if "features" in name and len(x)]
+    for name in names if sign else ():
+        given[name] = given[name].abs() * (sign if "text" in name else 1)
+    names += ["logit_scale"] if isnan(bad) else []  # the loss warns of infinite ones
+    name = names[place[0] % len(names)]
+    n, d = torch.atleast_2d(given[name]).shape
+    torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
+    with strips_of(batch.strip_rows):
+        terms = batch.module(same_ids=batch.same_ids)(**given, output_dict=True)
+    results = [sum(terms.values())]
+    if name in FEATURES:
+        pairs = {x: given[x] for x in (*FEATURES, "logit_scale")}
+        results = [*terms.values(), *(x.logsumexp(0) for x in batch.log_sum_exps(**pairs))]
+    for result in results:
+        assert not result.isfinite(), (name, bad, sign)

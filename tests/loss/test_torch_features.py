@@ -1,9 +1,6 @@
-"""The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation, copies."""
+"""The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation."""
 
-import copy
-import pickle
 from functools import partial
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -13,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, INPUTS, Case, cases, counts
 from support import examples, needs_triton
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from towers import PlainClip
 
@@ -26,7 +23,7 @@ SAME_BITS = {"rtol": 0, "atol": 0}
 WIDE = torch.float64
 
 
-@examples(0.3)
+@examples(0.1)
 @given(case=cases(n=FEW, d=FEW, negatives=counts(0, 1, 9)))
 @example(case=Case(30, 6, views=True))
 @example(case=Case(10, 30, WIDE))
@@ -35,7 +32,7 @@ WIDE = torch.float64
 @example(case=Case(30, 6, function="log-sum-exps"))
 @example(case=Case(30, 6, function="siglip"))
 @example(case=Case(10, 30, function="siglip"))
-def test_autocast_casts_only_features_and_other_modes_change_no_bit(case: Case, impl, device):
+def test_autocast_casts_only_features_and_other_modes_change_no_bit(case, impl, device):
     """Autocast leaves float64 as it is. The other modes are no_grad, inference_mode and a default
     device.
     """
@@ -62,9 +59,7 @@ OPTIONS += [{"function": name} for name in ("penalties", "siglip", "log-sum-exps
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
-    options: dict[str, Any], impl, device
-):
+def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(options, impl, device):
     case = Case(30, 6, **options)
     given = {name: x.requires_grad_() for name, x in case.arguments(device).items()}
     leaves, loss = list(given.values()), function_of(case, impl)
@@ -85,7 +80,7 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_small_batches_have_second_derivatives(options: dict[str, Any], device):
+def test_small_batches_have_second_derivatives(options, device):
     """The dense form is plain PyTorch."""
     case = Case(3, 3, WIDE, **options)
     given, loss = case.arguments(device), function_of(case, "eager")
@@ -105,18 +100,22 @@ SCHEDULE = [
 @pytest.mark.parametrize(
     ("scale", "trains"), [("tensor", True), ("number", True), ("none", True), ("none", False)]
 )
-def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bool, device):
-    """Only the first values of each kind may compile a graph. scale: none for the penalties."""
+def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale, trains, device):
+    """Only the first values of each kind may compile a graph. scale: none for the penalties.
+
+    AOTAutograd, which takes most of the time, could specialise graphs, too: once is enough.
+    """
     progress = {"lambda_progress": True} if scale == "tensor" else {}
+    backend = "aot_eager" if scale == "tensor" else "eager"
     module = CyclicPenalty if scale == "none" else partial(CyCLIPLoss, **progress)
 
-    def inputs(n: int) -> list[Any]:
+    def inputs(n):
         image, text, tensor = Case(n, 12, WIDE, distance=1.0).inputs(device)
         return [image, text, *{"tensor": [tensor], "number": [float(n)], "none": []}[scale]]
 
     steps = [(lambdas, inputs(20 + 3 * index)) for index, lambdas in enumerate(SCHEDULE)]
     with torch.set_grad_enabled(trains):
-        counts = graphs(module(), steps)
+        counts = graphs(module(), steps, backend)
     # PyTorch first compiles with constants, then with symbols. Equal lambdas, different lambdas and
     # no penalties are different graphs. New values of a kind add none. PyTorch allows 8 graphs.
     assert counts[-1] <= 8
@@ -124,7 +123,7 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bo
     # Small batches have one dense and one streamed graph, besides the first, which is for one N.
     # D = 12: up to N = 12 they are dense.
     sizes = (8, 9, 40, 11, 50, 10, 30, 12, 60)
-    counts = graphs(module(), [((0.25, 0.25), inputs(n)) for n in sizes])
+    counts = graphs(module(), [((0.25, 0.25), inputs(n)) for n in sizes], backend)
     assert counts[-1] <= counts[0] + 2
 
 
@@ -132,7 +131,7 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trains: bo
 @pytest.mark.parametrize(
     ("function", "kernel"), [("cyclip", "contrastive_lse"), ("siglip", "elementwise_terms")]
 )
-def test_compiled_code_runs_the_kernels(function: str, kernel: str, device, monkeypatch):
+def test_compiled_code_runs_the_kernels(function, kernel, device, monkeypatch):
     from cyclip_loss import kernels
 
     mock = Mock(wraps=getattr(kernels, kernel))
@@ -161,21 +160,24 @@ CALLS = [
 
 
 @pytest.mark.parametrize("options", CALLS)
-def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], device):
-    """Value and gradients equal the eager ones."""
+def test_each_form_of_call_compiles_into_one_graph(options, device):
+    """Value and gradients equal the eager ones. With AOTAutograd it takes three times as long, so
+    only those calls have it that return terms.
+    """
     torch._dynamo.reset()
+    backend = "aot_eager" if "output_dict" in options else "eager"
     options = {"n": 9, "d": 4, "dtype": WIDE, "text_layout": "transposed", **options}
     autocast = options.pop("autocast", None)
-    case, compile = Case(**options), partial(torch.compile, backend="aot_eager", fullgraph=True)
+    case, compile = Case(**options), partial(torch.compile, backend=backend, fullgraph=True)
     step = partial(evaluate, case, case.arguments(device), "auto", autocast)
     torch.testing.assert_close(step(wrap=compile), step(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch):
+def test_the_operators_pass_pytorchs_checks(device, monkeypatch):
     """`opcheck` checks schemas, mutation, aliasing, and the shapes of fake tensors."""
     checked = set()
 
-    def call(self: Operator, *arguments: Any) -> Any:
+    def call(self, *arguments):
         values = [value for x in arguments for value in (x if isinstance(x, tuple) else [x])]
         torch.library.opcheck(self.operator, tree_map_only(Tensor, Tensor.detach, values))
         checked.add(self)
@@ -189,12 +191,12 @@ def test_the_operators_pass_pytorchs_checks(impl, device, monkeypatch):
         {"function": "siglip", "frozen": frozenset(FEATURES)},
     ):
         case = Case(9, 4, **options)
-        evaluate(case, case.arguments(device), impl)
+        evaluate(case, case.arguments(device), "eager")
     assert len(checked) == 5
 
 
 @pytest.mark.parametrize("n", [3, 4, 30])
-def test_inductor_keeps_all_gradients(n: int, device):
+def test_inductor_keeps_all_gradients(n, device):
     """PyTorch 2.13's Inductor dropped the gradient of the pairs' logits in a draft of our code.
 
     Most tests compile with other backends.
@@ -208,14 +210,14 @@ def test_inductor_keeps_all_gradients(n: int, device):
 def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
     loss, another = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip())
 
-    def function(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def function(i, t, s):
         views = {"augmented_image_features": i, "augmented_text_features": t}
         terms = another(i, t, s, output_dict=True)
         new = CyCLIPLoss(0.3, reference_batch_size=32)
         return new(i, i, s) + loss(i, t, s, **views) + sum(terms.values())
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
     inputs = Case(9, 4, WIDE).inputs(device)
     torch.testing.assert_close(results(compiled, *inputs), results(function, *inputs))
 
@@ -225,19 +227,3 @@ def test_an_exported_loss_with_ids_has_the_same_value():
     given["ids"] = given["ids"].contiguous()
     exported = torch.export.export(CyCLIPLoss(), (), given, strict=True)
     torch.testing.assert_close(exported.module()(**given), CyCLIPLoss()(**given))
-
-
-MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_a_copy_computes_the_same_loss_and_has_its_own_options(module: nn.Module, device):
-    arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
-    expected = module(*arguments)
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):
-        assert repr(twin) == repr(module)
-        assert twin(*arguments) == expected
-        twin.lambda_inmodal = 3.0
-        assert twin(*arguments) > expected
-        assert module(*arguments) == expected
-    assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss

@@ -1,9 +1,7 @@
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, CyCLIPWarning, CySigLIPLoss, 
 from cyclip_loss import inputs as checks
 
 
-def messages(call: Callable[[], Any]) -> list[str]:
+def messages(call):
     """The messages of the warnings if a call is made twice."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -48,7 +46,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("module", "n", "changes", "expected"), CASES)
-def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected: str):
+def test_likely_mistakes_warn_once(module, n, changes, expected):
     image, text = (x.float() for x in pairs(n, 4, device="cpu"))
     long = text.clone()
     long[3 % n] *= 7

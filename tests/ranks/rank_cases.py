@@ -45,7 +45,8 @@ class RankCase(Case):
         """Of `evaluate`."""
         options = {"dist_impl": self.dist_impl, "uneven": self.uneven}
         if self.is_compiled:
-            options["wrap"] = partial(torch.compile, backend="aot_eager", fullgraph=True)
+            backend = "aot_eager" if self.dist_impl == "gather" else "eager"
+            options["wrap"] = partial(torch.compile, backend=backend, fullgraph=True)
         return options
 
     def split(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import torch
 from accuracy import evaluate
 from inputs import FEATURES, Case
 from inputs import VIEWS as VIEW_NAMES
-from pool import Ranks, own_device
+from pool import own_device
 from rank_cases import RankCase
 from support import forget_warnings
 
@@ -25,7 +25,7 @@ NO_EFFECT = (
 ACROSS_RANKS = ("dist_impl", "uneven", "inmodal_contrastive_weight", *NO_EFFECT)
 
 
-def outcome(call: Call) -> str:
+def outcome(call):
     """ "right", or the error."""
     options = {"n": 4, "d": 4, **call}
     across_ranks = {name: options.pop(name) for name in ACROSS_RANKS if name in call}
@@ -42,11 +42,11 @@ def outcome(call: Call) -> str:
     return "right"
 
 
-def outcomes(rank: int, world_size: int, steps: list[tuple[Call, ...]]) -> list[str]:
+def outcomes(rank, world_size, steps):
     return [outcome(calls[rank]) for calls in steps]
 
 
-def run_steps(ranks: Ranks, *steps: tuple[Call, ...]) -> list[tuple[str, str]]:
+def run_steps(ranks, *steps):
     """The outcomes of each step, by rank."""
     ranks.leave()  # the next call is the first one of a new group
     return list(zip(*ranks.run(2, outcomes, list(steps)), strict=True))
@@ -89,7 +89,7 @@ DIFFERING = [
 
 @pytest.mark.parametrize(("name", "first", "second"), DIFFERING)
 def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
-    name: str, first: Call, second: Call, ranks, monkeypatch
+    name, first, second, ranks, monkeypatch
 ):
     """The error lists all differences. Calls before it and after it work."""
     monkeypatch.setattr(ranks, "timeout", 30.0)  # a rank that waits for the other one gives up
@@ -120,7 +120,7 @@ def test_with_uneven_a_later_call_without_penalties_is_an_error_on_both_ranks(ra
 
 
 @pytest.mark.parametrize("options", [{}, UNEVEN, RING], ids=str)
-def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, ranks):
+def test_an_empty_global_batch_raises_an_error_on_every_rank(options, ranks):
     calls = [({"n": n, **options},) * 2 for n in (0, 3, 0, 3)]
     first, _, later, after = run_steps(ranks, *calls)
     assert all("the global batch is empty" in error for error in first), first
@@ -128,7 +128,7 @@ def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, rank
     assert after == ("right", "right")
 
 
-def raises_warning(rank: int, world_size: int) -> bool:
+def raises_warning(rank, world_size):
     forget_warnings()
     features = 2 * torch.eye(3, device=own_device())
     with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
@@ -142,7 +142,7 @@ def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks):
     assert ranks.run(2, raises_warning) == [True, False]
 
 
-def warnings_by_call(rank: int, world_size: int, n: int) -> list[list[str]]:
+def warnings_by_call(rank, world_size, n):
     """The warnings of the loss, and of kernels that do not work on rank 1."""
     inputs = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
     calls = [lambda: CyCLIPLoss()(*inputs)]

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch.distributed as dist
 from accuracy import results
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from towers import PlainClip
 
@@ -26,9 +24,7 @@ from cyclip_loss import (
 LAMBDAS = (0.5, 0.125)
 
 
-def total(
-    inputs: list[Tensor], share: float, first_row: int = 0, **options: Any
-) -> tuple[Tensor, ...]:
+def total(inputs, share, first_row=0, **options):
     """A sum of all functions, and its gradients. (Less the wrapped loss, of this rank's rows.)
 
     share: of the log-sum-exps, from `first_row` on. They are of this rank's rows only.
@@ -39,7 +35,7 @@ def total(
     penalty = copy.copy(copy.deepcopy(CyclicPenalty(*LAMBDAS, **group)))
     siglip, another = CySigLIPLoss(**options), WithCyclicPenalty(PlainClip(), *LAMBDAS, **group)
 
-    def function(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    def function(image, text, scale):
         value = loss(image, text, scale) + siglip(image, text, scale) + penalty(image, text)
         lse = contrastive_logsumexp(image, text, scale, **options)
         value = value + share * (lse.row_negatives + lse.column_negatives)[first_row:].sum()
@@ -48,13 +44,13 @@ def total(
     return results(function, *inputs)
 
 
-def subgroup_case(group: int, uneven: bool) -> RankCase:
+def subgroup_case(group, uneven):
     """The whole batch of the first or second group."""
     rows_per_rank = (4, 3 + group) if uneven else (4 + group, 4 + group)
     return RankCase(rows_per_rank=rows_per_rank, seed=group)
 
 
-def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
+def in_subgroups(rank, world_size, options):
     """Ranks 0 and 2, and ranks 1 and 3, share a batch. Log-sum-exps have an upstream gradient of 0
     on the first rank of each, and a negative one on the second, so the ranks must share its sign.
     """
@@ -66,7 +62,7 @@ def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[T
 
 @DIST_IMPLS
 @pytest.mark.parametrize("uneven", [False, True])
-def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl: str, uneven: bool, ranks):
+def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl, uneven, ranks):
     found = ranks.run(4, in_subgroups, {"dist_impl": dist_impl, "uneven": uneven})
     for group in (0, 1):
         case = subgroup_case(group, uneven)
@@ -76,7 +72,7 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl: str, uneven: boo
             torch.testing.assert_close(mean, expected, rtol=1e-11, atol=1e-14)
 
 
-def refusals(rank: int, world_size: int) -> list[str]:
+def refusals(rank, world_size):
     """The errors for wrong process groups, and for a wrong `world_size`."""
     features = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
@@ -105,7 +101,7 @@ def test_wrong_groups_and_ranks_are_refused_without_communication(ranks):
     assert outside[2] == "process_group does not contain this process, rank 2"
 
 
-def stored(rank: int, world_size: int) -> bytes:
+def stored(rank, world_size):
     return pickle.dumps(CyCLIPLoss(process_group=dist.new_group([0, 1])))
 
 
@@ -115,7 +111,7 @@ def test_a_stored_loss_of_a_group_works_in_one_process(ranks):
     torch.testing.assert_close(loss(*inputs), CyCLIPLoss()(*inputs), rtol=0, atol=0)
 
 
-def alone(rank: int, world_size: int) -> list[Any]:
+def alone(rank, world_size):
     """All results on the first rank only. The other ranks make no call."""
     if rank > 0:
         return []

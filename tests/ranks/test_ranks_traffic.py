@@ -7,13 +7,13 @@ import pytest
 import torch
 from accuracy import evaluate
 from inputs import FEATURES, loss_dtype
-from pool import Collectives, Traffic
+from pool import Collectives
 from rank_cases import RankCase, step
 
 N, D = 4, 6
 
 
-def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
+def traffic(rank, world_size, case):
     """Of the second of two steps: the collectives, and the elements of the largest result.
 
     The lambdas change between the steps, as in a schedule, which needs no new comparison.
@@ -26,17 +26,14 @@ def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
     return recorder.found, recorder.largest
 
 
-def sends(times: int, size: int) -> Traffic:
+def sends(times, size):
     return [("send", size), ("recv_", size)] * times
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("world_size", "dtype"), [(3, torch.float64), (2, torch.bfloat16)])
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_a_step_sends_exactly_these_collectives(
-    world_size: int, dtype: torch.dtype, lambdas, output_dict: bool, ranks
-):
+def test_a_step_sends_exactly_these_collectives(world_size, dtype, lambdas, output_dict, ranks):
     """`docs/distributed.md` says what is sent. C is, if the penalties are computed apart."""
     loss_bytes, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
     matrices = 3 if output_dict or lambdas[0] != lambdas[1] else 2
@@ -57,7 +54,7 @@ def test_a_step_sends_exactly_these_collectives(
         d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas, output_dict=output_dict
     )
 
-    def sent(**changes) -> Traffic:
+    def sent(**changes):
         """By each rank."""
         found, *others = (x for x, _ in ranks.run(world_size, traffic, replace(case, **changes)))
         assert others == [found] * (world_size - 1)

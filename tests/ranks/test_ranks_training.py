@@ -1,12 +1,11 @@
 """Training across ranks equals training in one process on the whole batch: DDP, FSDP2, compiled."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from accuracy import graphs
-from inputs import ADVISED, Tensors, normal
+from inputs import ADVISED, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
 from torch.distributed.fsdp import fully_shard
@@ -19,12 +18,12 @@ pytestmark = pytest.mark.nccl
 
 
 def gradients(
-    rank: int,
-    world_size: int,
-    rows_per_rank: tuple[int, ...],
-    wrapper: str = "none",
-    dist_impl: str = "gather",
-) -> Tensors:
+    rank,
+    world_size,
+    rows_per_rank,
+    wrapper="none",
+    dist_impl="gather",
+):
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
     options = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)
@@ -54,9 +53,7 @@ def gradients(
 @DIST_IMPLS
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("rows_per_rank", [(6, 6), (5, 6, 7)], ids=str)
-def test_every_parameter_has_the_gradient_of_one_process(
-    rows_per_rank: tuple[int, ...], wrapper: str, dist_impl: str, ranks
-):
+def test_every_parameter_has_the_gradient_of_one_process(rows_per_rank, wrapper, dist_impl, ranks):
     """The loss takes each micro-batch by itself. The last one synchronises the gradients."""
     expected = gradients(0, 1, (sum(rows_per_rank),))
     for found in ranks.run(len(rows_per_rank), gradients, rows_per_rank, wrapper, dist_impl):
@@ -67,17 +64,13 @@ def test_every_parameter_has_the_gradient_of_one_process(
 
 @DIST_IMPLS
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(
-    function: str, dist_impl: str, ranks
-):
+def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(function, dist_impl, ranks):
     options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
     options |= {"distinct_ids": 3, "negatives": (4, None), "views": True}
     check_ranks(RankCase(**options, **ADVISED), ranks)
 
 
-def rank_graphs(
-    rank: int, world_size: int, steps: list[tuple[Any, Any]], dist_impl: str, uneven: bool
-) -> list[int]:
+def rank_graphs(rank, world_size, steps, dist_impl, uneven):
     """The number of graphs after each step with these rows per rank and lambdas."""
     loss = CyCLIPLoss(dist_impl=dist_impl, uneven=uneven, lambda_progress=True)
     given = [
@@ -90,7 +83,7 @@ def rank_graphs(
     ("dist_impl", "uneven"),
     [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
-def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks):
+def test_compiled_and_eager_loss_are_equal(uneven, dist_impl, ranks):
     """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
 
     With uneven rows there are several graphs. Ranks that have seen different numbers of rows may

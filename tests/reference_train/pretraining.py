@@ -3,14 +3,16 @@
 A test file uses them with `pytest_plugins = ["pretraining"]`, and must not import this file.
 """
 
+import json
 import logging
 import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from miniature import make_shards
+from miniature import TINY, make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.pretrain import patches, views
@@ -47,19 +49,31 @@ def dry_run(data, tmp_path, capsys, monkeypatch) -> Callable[..., Namespace | No
 
 
 @pytest.fixture
-def pretrain(data, tmp_path) -> Callable[..., None]:
-    """Trains `tmp_path` / "run" for an epoch, and undoes what that changes in this process.
+def words(data, tmp_path) -> Callable[..., list[str]]:
+    """The arguments of `pretrain` that train `tmp_path` / "run", a tiny model, for an epoch.
 
     flags: OpenCLIP's flags. ours: the flags of `pretrain`. pairs: in an epoch.
     """
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
 
-    def run(
+    def given(
         flags: str = "", ours: str = "", data: Path | str = data, batch: int = 8, pairs: int = 16
-    ) -> None:
-        words = f"""
+    ) -> list[str]:
+        text = f"""
             --preset icons --batch-size {batch} --data {data} --out {tmp_path} --name run {ours}
-            -- --train-num-samples {pairs} --epochs 1 {flags}
+            --model-config {tmp_path}/tiny.json -- --model tiny --train-num-samples {pairs}
+            --epochs 1 {flags}
         """
+        return text.split()
+
+    return given
+
+
+@pytest.fixture
+def pretrain(words) -> Callable[..., None]:
+    """Trains with the arguments of `words`, and undoes what that changes in this process."""
+
+    def run(*given: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             for module in (command.trainer, patches.train):
                 for name, value in list(vars(module).items()):
@@ -67,6 +81,6 @@ def pretrain(data, tmp_path) -> Callable[..., None]:
             patch.setattr(command.trainer, "setup_logging", lambda *_: None)
             patch.setattr(logging, "raiseExceptions", True)
             patch.setattr(logging.root.manager, "disable", 0)
-            command.main(words.split())
+            command.main(words(*given, **options))
 
     return run

@@ -31,7 +31,7 @@ from reference_train.demo import demo
     ],
 )
 def test_bad_arguments_end_with_one_line_and_exit_code_2(
-    arguments: str, message: str, tmp_path, capsys, monkeypatch
+    arguments, message, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "PATIENCE", 0)
@@ -54,9 +54,9 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(
     ],
 )
 def test_the_first_rank_says_in_one_line_how_a_command_ended(
-    error: BaseException, code: int, line: str | None, variable: str, monkeypatch, capsys
+    error, code, line, variable, monkeypatch, capsys
 ):
-    def raise_error(argv: list[str]) -> None:
+    def raise_error(argv):
         raise error
 
     for rank in ("0", "1"):
@@ -69,7 +69,7 @@ def test_the_first_rank_says_in_one_line_how_a_command_ended(
 
 @pytest.mark.parametrize(("argv", "folder"), [(["pretrain", "x"], "/pretrain"), ([], "")])
 def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypatch):
-    def fail(*_: str) -> None:
+    def fail(*_):
         raise ImportError("no 'x'")
 
     monkeypatch.setattr(cli, "import_module", fail)

@@ -45,7 +45,7 @@ def test_imagenets_class_names_in_another_order_are_refused(tmp_path):
     """Otherwise each class would have a wrong superclass, and no number would show it."""
     names = [NAMES[number] for number in datasets.imagenet_classes("imagenet-a", ["?"] * 200)]
 
-    def read(names: list[str]) -> list[str]:
+    def read(names):
         write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
         return open_tars(tmp_path, "imagenet-a").classes[""].names
 

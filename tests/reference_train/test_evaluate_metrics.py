@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reference_train.evaluate import metrics
 from reference_train.evaluate.datasets import Classes, Dataset, Images
@@ -13,7 +13,7 @@ from reference_train.evaluate.datasets import Classes, Dataset, Images
 CPU = torch.device("cpu")
 
 
-def recalls(scores: Tensor, is_right: Tensor) -> dict[str, float]:
+def recalls(scores, is_right):
     """The ranks are counted for each query. In a tie, wrong candidates come first."""
     found = {}
     for name, x, right in (
@@ -30,7 +30,7 @@ def recalls(scores: Tensor, is_right: Tensor) -> dict[str, float]:
     return found
 
 
-def measure(images: Tensor, data: Dataset, texts: dict[str, Tensor], **options: bool) -> dict:
+def measure(images, data, texts, **options):
     """`metrics.measure` of a model that gives these features of images and of texts."""
     clip = SimpleNamespace(
         device=CPU,
@@ -45,9 +45,7 @@ def measure(images: Tensor, data: Dataset, texts: dict[str, Tensor], **options: 
 @pytest.mark.parametrize(
     "groups", [{"": range(40)}, {"a": range(0, 40, 2), "b": range(1, 40, 2)}], ids=len
 )
-def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
-    groups: dict[str, range], monkeypatch
-):
+def test_retrieval_with_several_and_shared_captions_agrees_with_loops(groups, monkeypatch):
     """With all images, and in each of two groups with only its images and their captions."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     monkeypatch.setattr(nn.functional, "normalize", lambda x, dim: x)

@@ -4,7 +4,6 @@ import faulthandler
 import hashlib
 import json
 import sys
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -13,15 +12,15 @@ from miniature import write_tar
 
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data import icon_sets, icons
-from reference_train.data.samples import Sample, decode, read_samples
+from reference_train.data.samples import decode, read_samples
 from reference_train.evaluate.datasets import find
 
 
-def square(size: int, colour: str = "currentColor") -> dict:
+def square(size, colour="currentColor"):
     return {"body": f'<path fill="{colour}" d="M1 1h{size}v{size}h-{size}z"/>'}
 
 
-def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict:
+def a_set(title, category="UI 24px", licence="MIT"):
     info = {"name": title, "total": 1, "category": category, "author": {"name": "Somebody"}}
     return {**info, "license": {"title": f"The {licence} licence", "spdx": licence}}
 
@@ -62,7 +61,7 @@ SETS = {
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
+def package(tmp_path_factory):
     """A package as npm packs it."""
     files = {"collections": {name: info for name, (info, _) in SETS.items()}}
     for name, (_, drawings) in SETS.items():
@@ -72,7 +71,7 @@ def package(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(package) -> Path:
+def built(package):
     """The shards of `SETS`. More names are held out than usual, because there are so few."""
     faulthandler.disable()  # pytest enables it, and it would show how a child crashes
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +86,7 @@ def built(package) -> Path:
     return out
 
 
-def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
+def samples(folder, files="*.tar"):
     pairs = [s for path in sorted(folder.glob(files)) for s in read_samples([str(path)])]
     return {s.key: s for s in pairs}
 

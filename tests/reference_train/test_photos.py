@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from miniature import picture
@@ -14,7 +13,7 @@ from reference_train.data.samples import read_samples
 from reference_train.evaluate.datasets import find
 
 
-def clone(folder: Path, files: dict[str, bytes]) -> str:
+def clone(folder, files):
     """A repository with one commit, as `git clone` makes it. Returns the commit."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +32,7 @@ WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
 
 
 @pytest.fixture
-def clones(tmp_path, monkeypatch) -> Path:
+def clones(tmp_path, monkeypatch):
     """Clones whose commits are those that are read."""
     folder = tmp_path / "clones"
     # Shoe 59 has the picture of 58.

@@ -65,7 +65,7 @@ def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(data, tmp_pat
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
-def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatch):
+def test_ranks_share_the_batch_and_the_shards(variable, dry_run, monkeypatch):
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     args = dry_run("-- --workers 2")
@@ -97,9 +97,7 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("WORLD_SIZE=2 --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
     ],
 )
-def test_pretrain_refuses_before_any_work(
-    change: str, message: str, dry_run, tmp_path, monkeypatch
-):
+def test_pretrain_refuses_before_any_work(change, message, dry_run, tmp_path, monkeypatch):
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -140,7 +138,7 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
 def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(tmp_path):
     """Held-out shards are never trained on. Compressed shards are found, and braces in a path."""
 
-    def find(*patterns: str) -> list[str]:
+    def find(*patterns):
         folder = tmp_path / "sh{1,2}" / patterns[0][:4]
         folder.mkdir(parents=True)
         for file in expand_urls("::".join(patterns)):

@@ -6,14 +6,13 @@ import os
 import resource
 from argparse import Namespace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import webdataset as wds
 from miniature import break_picture
 from open_clip_train.data import tarfile_to_samples_nothrow
-from torch import Tensor, nn
+from torch import nn
 
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.files import atomic_write, write_text
@@ -53,7 +52,7 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def stops(rank: int, world_size: int) -> list[bool]:
+def stops(rank, world_size):
     """Whether this rank stops, if the first rank has a number that is not finite."""
     found, args = [], Namespace(device="cpu", distributed=True)
     for name in ("none", "running_mean", "weight"):
@@ -77,11 +76,11 @@ def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(ranks):
 def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path, monkeypatch):
     seen = []
 
-    def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
+    def look(model, data, loss, epoch, *_, tb_writer):
         data["train"].set_epoch(epoch)
         seen.extend(data["train"].dataloader)
 
-    def record(seed: int) -> list[Tensor]:
+    def record(seed):
         """The images and the texts of two epochs of 32 pairs."""
         seen.clear()
         (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
@@ -97,7 +96,7 @@ def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("filters", [[wds.shuffle(1)], [tarfile_to_samples_nothrow]])
-def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters: list[Any]):
+def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters):
     """Otherwise nothing would be counted, or the time of day would seed the shuffle."""
     loader = Namespace(pipeline=[Namespace(dataset=Namespace(pipeline=filters))])
     with pytest.raises(RunFailed, match="OpenCLIP's data pipeline has a form that"):
@@ -138,7 +137,7 @@ def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
     """One pair in the first epoch, all in the second."""
     val, train = data / "val-00000.tar", command.trainer.train_one_epoch
 
-    def damage_and_train(*args: Any, **options: Any) -> None:
+    def damage_and_train(*args, **options):
         val.write_bytes(b"") if "Unreadable" in caplog.text else break_picture(val)
         train(*args, **options)
 
@@ -150,15 +149,18 @@ def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
     assert caplog.text.count("Unreadable held-out pairs or shards: 1; no best") == 2
 
 
-def test_a_run_trains_where_processes_are_spawned(pretrain, tmp_path):
+def test_a_run_trains_where_processes_are_spawned(pretrain, data, tmp_path):
     """So they are on macOS; from Python 3.14 on, other systems have to send the same objects."""
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
+        (
+            data / "val-00000.tar"
+        ).unlink()  # it would take more processes, to read with fewer filters
         pretrain()
     finally:
         multiprocessing.set_start_method(method, force=True)
-    assert (tmp_path / "run" / "checkpoints" / patches.BEST).exists()
+    assert (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").exists()
 
 
 def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path):

@@ -5,14 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from pages import blocks
-from processes import run_python
+from processes import run_forked
 
 from reference_train import runs
 from reference_train.command_line import UsageError
@@ -22,7 +19,7 @@ pytest_plugins = ["pretraining"]
 
 
 @pytest.fixture
-def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
+def resume_run(dry_run, tmp_path):
     """Resumes a run of one epoch with other flags, as far as --dry-run goes.
 
     begun_with: the settings in its params.txt that differ from those of the flags.
@@ -33,7 +30,7 @@ def resume_run(dry_run, tmp_path) -> Callable[..., Any]:
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
 
-    def again(flags: str = "", ours: str = "", **begun_with: object) -> Any:
+    def again(flags="", ours="", **begun_with):
         lines = [f"{name}: {value}\n" for name, value in {**settings, **begun_with}.items()]
         (run / "params.txt").write_text("".join(lines))
         return dry_run(f"{ours} {same} {flags}")
@@ -65,7 +62,7 @@ def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, mon
     resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug --val-frequency 2")
     parse_args = command.trainer.parse_args
 
-    def with_new_flag(flags: list[str]) -> object:
+    def with_new_flag(flags):
         args = parse_args(flags)
         args.brand_new_flag = 2
         return args
@@ -86,14 +83,14 @@ def test_another_number_of_ranks_is_refused(resume_run, monkeypatch):
         resume_run(batch_size=4)
 
 
-def results(out: Path) -> list[dict[str, float]]:
+def results(out):
     """The validations of the run."""
     lines = (out / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 @pytest.fixture
-def finished(pretrain, capsys) -> str:
+def finished(pretrain, capsys):
     """The last line that a run of one epoch printed."""
     pretrain()
     return capsys.readouterr().out.splitlines()[-1]
@@ -117,7 +114,8 @@ def test_the_code_on_the_page_publishes_the_best_epoch(finished, tmp_path, monke
     monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
     names = {}
     for block in blocks("docs/pretraining.md"):  # OpenCLIP loads the best epoch
-        exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), names)
+        code = block.replace("logs/icons-cyclip-0", str(tmp_path / "run"))
+        exec(code.replace("icons-rn-32", "tiny"), names)
     assert pushed == ["NAME/icons-cyclip"]
 
 
@@ -180,18 +178,15 @@ runpy.run_module("reference_train", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_finishes(pretrain, data, tmp_path):
-    # Workers that a forkserver starts would outlive the killed process, and hold its pipes open.
-    argv = f"""
-        pretrain --preset icons --batch-size 8 --data {data} --out {tmp_path} --name run
-        --loss siglip
-        -- --epochs 3 --train-num-samples 16 --workers 0
-    """
+def test_a_killed_run_resumes_and_finishes(words, pretrain, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
-    killed = run_python("-c", KILLED, str(checkpoints / "results.jsonl"), *argv.split())
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # Its workers would outlive the killed process.
+    argv = words("--epochs 3 --workers 0", "--loss siglip")
+    file = str(checkpoints / "results.jsonl")
+    killed = run_forked(KILLED, file, "pretrain", *argv, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
     assert "Loss: CySigLIPLoss(" in (tmp_path / "run" / "out.log").read_text()
-    pretrain("--epochs 3", ours="--loss siglip")
+    pretrain("--epochs 3", "--loss siglip")
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
     assert list(checkpoints.glob(".*")) == []

@@ -3,7 +3,6 @@
 import logging
 import re
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -11,7 +10,6 @@ import pytest
 import torch
 from open_clip_train import main as trainer
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from cyclip_loss import CyCLIPLoss
@@ -28,7 +26,7 @@ def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, cap
     calls = []
     encode = open_clip.CLIP.forward
 
-    def record(model: Any, image: Tensor, text: Tensor) -> Any:
+    def record(model, image, text):
         output = encode(model, image, text)
         if model.training:
             calls.append({"image": image, "text": text, **output})
@@ -52,7 +50,7 @@ def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, cap
         assert loss == pytest.approx(expected.item(), rel=1e-3)
 
 
-def views_drawn(caption: str) -> set[tuple[str, ...]]:
+def views_drawn(caption):
     """The pairs of views that 300 draws of a caption give."""
     # OpenCLIP passes a list for a CSV file.
     return {tuple(views.TwoViewsTokenizer(np.array)([caption])[0]) for _ in range(300)}

@@ -32,16 +32,18 @@ def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped)
     assert torch.equal(names.superclass[names.labels], subgroups.labels)
 
 
-@pytest.mark.parametrize("preset", demo.PRESETS)
-def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(preset: str, shipped):
+def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(shipped):
     """Its questions leave out the quarter of the trained concepts on which settings were chosen."""
-    path = Path(ROOT, "reference_train", "results", preset, "evaluation.json")
-    record = json.loads(path.read_text())
-    assert demo.PRESETS[preset].items() <= record["settings"].items()
+    found = {}
+    for preset, settings in demo.PRESETS.items():
+        path = Path(ROOT, "reference_train", "results", preset, "evaluation.json")
+        found[preset] = json.loads(path.read_text())
+        assert settings.items() <= found[preset]["settings"].items()
     for name in demonstration.DATASETS:
         described = records.describe(demonstration.open_dataset(shipped, name))
         del described["crc32"]  # which the records are older than
-        assert described.items() <= record["data_sets"][name].items()
+        for record in found.values():
+            assert described.items() <= record["data_sets"][name].items()
 
 
 # The loss in the fifth step, the first of the second epoch, on a CPU.
@@ -54,7 +56,8 @@ def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
 ):
     """They change with the data, the augmentation, the model, the optimiser and its schedule."""
     monkeypatch.setattr(train, "track", lambda *_: range(5))  # the schedule is that of 620 steps
-    monkeypatch.setattr(demo, "measure", lambda *_: {"numbers": {}, "groups": {}})
+    monkeypatch.setattr(demo, "DATASETS", ())  # nothing is evaluated
+    monkeypatch.setattr(demo, "feature_means", lambda *_: None)
     monkeypatch.setattr(demo.report, "write", lambda *_: None)
     losses, compute_loss = [], train.compute_loss
     monkeypatch.setattr(

@@ -3,7 +3,6 @@
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,10 +14,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import Tensors
 from pool import Collectives, own_device
 from support import examples
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
@@ -33,7 +31,7 @@ Names = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
-def models_are_on_the_device(device, monkeypatch) -> None:
+def models_are_on_the_device(device, monkeypatch):
     """In the process of pytest. The ranks stay on the CPU."""
     monkeypatch.setattr(pool, "_own_device", device)
 
@@ -41,14 +39,14 @@ def models_are_on_the_device(device, monkeypatch) -> None:
 class Tower(nn.Sequential):
     """Has a forward of its own, because torch.compile skips PyTorch's."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return super().forward(x)
 
 
 class Model(nn.Module):
     """Two towers with dropout and normalisations, called with one or two views and negatives."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.image, self.text = (
             Tower(
@@ -60,7 +58,7 @@ class Model(nn.Module):
         # Of shape (1,), because FSDP2 cannot shard 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), 2.0))
 
-    def forward(self, images: Tensor, texts: Tensor, *others: Tensor) -> Names:
+    def forward(self, images, texts, *others):
         output = {"image_features": self.image(images), "text_features": self.text(texts)}
         if others:
             images, texts, negatives = others
@@ -71,7 +69,7 @@ class Model(nn.Module):
         return {**normalized, "logit_scale": self.logit_scale.exp()}
 
 
-def make(training: bool = True, kind: type[Model] = Model) -> Model:
+def make(training=True, kind=Model):
     torch.manual_seed(0)
     model = kind().to(own_device(), torch.float64).train(training)
     for module in model.modules():
@@ -81,7 +79,7 @@ def make(training: bool = True, kind: type[Model] = Model) -> Model:
     return model
 
 
-def inputs(rows: int = N, count: int = 2) -> list[Tensor]:
+def inputs(rows=N, count=2):
     """Images and texts. A count of 5: also second views, and two negative texts for each row."""
     generator = torch.Generator().manual_seed(1)
     views = (IMAGE_SIZE,), (TEXT_SIZE,)
@@ -90,9 +88,7 @@ def inputs(rows: int = N, count: int = 2) -> list[Tensor]:
     return [x.to(own_device()) for x in made]
 
 
-def joined_loss(
-    model: nn.Module, loss_fn: Callable[..., Any], *inputs: Tensor, count: int, **options: Any
-) -> Tensor:
+def joined_loss(model, loss_fn, *inputs, count, **options):
     """The expected loss: one graph of all mini-batches. With a count of 1, the whole batch."""
     outputs = []
     for mini_batch in zip(*(x.tensor_split(count) for x in inputs), strict=True):
@@ -105,7 +101,7 @@ def joined_loss(
     return loss_fn(**arguments, **options)
 
 
-def results(model: nn.Module) -> Tensors:
+def results(model):
     """Gradients and buffers by name, whole on each rank, on the CPU."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = {}
@@ -117,17 +113,17 @@ def results(model: nn.Module) -> Tensors:
     return found
 
 
-def assert_close(found: Tensors, expected: Tensors, rtol: float = 1e-9) -> None:
+def assert_close(found, expected, rtol=1e-9):
     """Equal up to rtol times the largest element of all; with the same names."""
     largest = max(float(x.abs().max()) for x in expected.values())
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-3 * rtol * largest)
 
 
 def compare_steps(
-    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-    ids: Tensor | None = None,
-    kind: type[Model] = Model,
-) -> None:
+    wrap=lambda model: model,
+    ids=None,
+    kind=Model,
+):
     """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives."""
     model, expected_model = wrap(make(kind=kind)), make(kind=kind)
     loss_fn, batch = CyCLIPLoss(reference_batch_size=16), inputs(count=2 if ids is None else 5)
@@ -144,7 +140,7 @@ def compare_steps(
     assert_close(results(model), results(expected_model))
 
 
-def with_inner_checkpoints(model: Model) -> Model:
+def with_inner_checkpoints(model):
     for tower in (model.image, model.text):
         tower.forward = partial(checkpoint, tower.forward, use_reentrant=False)
     return model
@@ -152,7 +148,7 @@ def with_inner_checkpoints(model: Model) -> Model:
 
 @examples(0.5)
 @given(rows=st.integers(1, 12), mini_batch_size=st.integers(1, 14))
-def test_the_gradients_are_those_of_the_whole_batch(rows: int, mini_batch_size: int):
+def test_the_gradients_are_those_of_the_whole_batch(rows, mini_batch_size):
     """In evaluation, when rows do not depend on each other."""
     model, expected_model = make(training=False), make(training=False)
     options = {"mini_batch_size": mini_batch_size, "output_transform": lambda x: tuple(x.values())}
@@ -171,7 +167,7 @@ def test_a_compiled_model_runs_compiled_for_one_shape_or_two():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype, device):
+def test_autocast_and_scaler_round_as_in_one_graph(dtype, device):
     """float32 sums over the mini-batches: one in 16 bits would be off by 1e-3 and more."""
     model, expected_model = (make().float() for _ in range(2))
     batch, scale, scaler = [x.float() for x in inputs(64)], 1.0, None
@@ -180,7 +176,7 @@ def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype, device):
         scaler = torch.amp.GradScaler(device.type, init_scale=scale)
     in_backward = []
 
-    def loss_fn(**features: Tensor) -> Tensor:
+    def loss_fn(**features):
         assert torch.is_autocast_enabled(device.type)
         hook = lambda grad: in_backward.append(torch.is_autocast_enabled(device.type))  # noqa: E731
         features["image_features"].register_hook(hook)
@@ -203,7 +199,7 @@ class ReadsAndChangesBuffers(Model):
     scripted normalisation, too, and an attribute named `module`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.module = "clip"
         self.scripted = torch.jit.script(nn.BatchNorm1d(TEXT_SIZE))
@@ -214,7 +210,7 @@ class ReadsAndChangesBuffers(Model):
         self.register_buffer("steps", torch.tensor(1.0))
         self.register_buffer("expanded", torch.ones(1).expand(IMAGE_SIZE))
 
-    def forward(self, images: Tensor, texts: Tensor) -> Names:
+    def forward(self, images, texts):
         self.steps = self.steps + 1
         if self.first is None:
             self.first = images.mean(0)
@@ -235,18 +231,18 @@ class ChangesItself(Model):
 
     shift = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.image.register_forward_pre_hook(subtract_mean)
 
-    def forward(self, images: Tensor, *others: Tensor) -> Names:
+    def forward(self, images, *others):
         images, self.shift = images + self.shift, 1.0
         output = super().forward(images, *others)
         self.shift = 0.0
         return Output(output)
 
 
-def subtract_mean(tower: Any, args: tuple[Tensor]) -> Tensor:
+def subtract_mean(tower, args):
     if not hasattr(tower, "mean"):
         tower.register_buffer("mean", torch.zeros_like(args[0][0]))
     return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
@@ -262,7 +258,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_and_buffers_are_those_of_one_graph(case: str):
+def test_gradients_and_buffers_are_those_of_one_graph(case):
     compare_steps(**CASES[case])
 
 
@@ -275,7 +271,7 @@ def test_one_mini_batch_runs_once_and_checkpoints_in_the_model_stop_early():
 
 
 def test_an_error_in_backward_leaves_the_buffers_of_one_run():
-    def fail(grad: Tensor) -> None:
+    def fail(grad):
         raise ArithmeticError
 
     model, expected_model = make(), make()
@@ -289,7 +285,7 @@ def test_an_error_in_backward_leaves_the_buffers_of_one_run():
 def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model():
     """So the model runs a second time before backward, and a third time in backward."""
 
-    def loss_fn(**features: Tensor) -> Tensor:
+    def loss_fn(**features):
         model.steps = model.steps + 10
         loss = CyCLIPLoss()(**features)
         (grad,) = torch.autograd.grad(loss, model.image[0].weight, retain_graph=True)
@@ -328,7 +324,7 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model():
     ],
 )
 def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
-    change: Callable[..., Tensor], dtype: torch.dtype, autocast: bool, is_error: bool, device
+    change, dtype, autocast, is_error, device
 ):
     """change(x, y, call): the output of a tower instead of y = tower(x). Calls 0 to 2 are first."""
     model, calls = make(training=False).float(), itertools.count()
@@ -345,7 +341,7 @@ def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
 class HasAnotherOutput(Model):
     """Its third output has a graph."""
 
-    def forward(self, images: Tensor, texts: Tensor) -> Names:
+    def forward(self, images, texts):
         return {**super().forward(images, texts), "other": self.image(2 * images)}
 
 
@@ -353,12 +349,12 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time():
     alive = weakref.WeakSet()
     most = 0
 
-    def remember(module: nn.Module, args: Any, output: Tensor) -> None:
+    def remember(module, args, output):
         nonlocal most
         alive.add(output.untyped_storage())
         most = max(most, len(alive))
 
-    def loss_fn(other: Tensor, **arguments: Any) -> Tensor:
+    def loss_fn(other, **arguments):
         assert not alive
         return CyCLIPLoss()(**arguments)
 
@@ -370,7 +366,7 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time():
     assert most <= 2
 
 
-def sees_ddps_own_forward(rank: int, world_size: int) -> bool:
+def sees_ddps_own_forward(rank, world_size):
     original, seen = DistributedDataParallel.forward, []
     model = wrapped(make(kind=ChangesItself), "DDP of each tower")
     look = lambda *_: seen.append(DistributedDataParallel.forward)  # noqa: E731
@@ -389,11 +385,11 @@ def test_ddps_modules_may_run_twice_with_hooks_and_its_class_stays_as_it_is(rank
 REDUCTIONS = ("allreduce_", "broadcast_", "_reduce_scatter_base_")
 
 
-def wrapped(model: Model, wrapper: str) -> nn.Module:
+def wrapped(model, wrapper):
     if wrapper == "DDP":
         return DistributedDataParallel(model, bucket_cap_mb=1e-4)
     if wrapper == "DDP of compiled":
-        return DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+        return DistributedDataParallel(torch.compile(model, backend="eager"))
     if wrapper == "DDP of each tower":
         model.image, model.text = (
             DistributedDataParallel(tower) for tower in (model.image, model.text)
@@ -405,12 +401,12 @@ def wrapped(model: Model, wrapper: str) -> nn.Module:
 
 
 def on_rank(
-    rank: int,
-    world_size: int,
-    wrapper: str,
-    rows: tuple[int, ...],
-    mini_batch_sizes: tuple[int, ...],
-) -> tuple[Tensors, list[Counter[str]]]:
+    rank,
+    world_size,
+    wrapper,
+    rows,
+    mini_batch_sizes,
+):
     """The results of the last step, and the collectives of an ordinary and of a cached step."""
     model = wrapped(make(training=False), wrapper)
     loss_fn = CyCLIPLoss(uneven=len(set(rows)) > 1)
@@ -446,7 +442,7 @@ def on_rank(
     ],
 )
 def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
-    wrapper: str, rows: tuple[int, ...], mini_batch_sizes: tuple[int, ...], ranks
+    wrapper, rows, mini_batch_sizes, ranks
 ):
     model = make(training=False)
     joined_loss(model, CyCLIPLoss(), *inputs(sum(rows)), count=1).backward()
@@ -459,7 +455,7 @@ def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
             assert plain.total() >= 2
 
 
-def number_of_runs(rank: int, world_size: int) -> int:
+def number_of_runs(rank, world_size):
     """Of three ranks the last two are a group."""
     group = dist.new_group([1, 2])
     if rank == 0:
@@ -476,10 +472,10 @@ def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks):
 
 
 @pytest.mark.parametrize("column", [0, 2])
-def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column: int):
+def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column):
     """Some rows have negatives: row 3, or rows 6 and 10. The mini-batches start at 0, 4 and 8."""
 
-    def features(output: Names) -> Names:
+    def features(output):
         del output["logit_scale"]
         chosen = output["image_features"][:, column] > 0.57
         negatives = output["negative_text_features"][chosen.repeat_interleave(2)]
@@ -518,7 +514,7 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column: 
         ({"process_group": "x"}, TypeError, "process_group must be"),
     ],
 )  # fmt: skip
-def test_a_wrong_use_is_named(options: Names, error: type[Exception], message: str):
+def test_a_wrong_use_is_named(options, error, message):
     arguments = {"inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4} | options
     model = make()
     call = partial(cached_backward, arguments.pop("model", model), arguments.pop("loss_fn"))

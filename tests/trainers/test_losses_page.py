@@ -4,9 +4,7 @@ A new recipe is a section of the page with a block that sets `loss`, and its N x
 The section says whether it takes ids and works across ranks.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import pages
@@ -14,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import value_and_grads
-from inputs import Tensors, pairs
-from torch import Tensor
+from inputs import pairs
 
 import cyclip_loss
 from benchmarks.measure import allocated_peak
@@ -29,16 +26,16 @@ NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3, "margin": 0.02}
 BLOCKS = pages.blocks("docs/losses.md")
 
 
-def block_with(text: str) -> str:
+def block_with(text):
     (found,) = [block for block in BLOCKS if text in block]
     return found
 
 
-def random_features(n: int, seed: int) -> Tensor:
+def random_features(n, seed):
     return pairs(n, D, seed=seed, device="cpu")[0]
 
 
-def make_data(n: int) -> Tensors:
+def make_data(n):
     """The variables of the recipes for the whole batch, by name."""
     image, text = pairs(n, D, 0.5, device="cpu")
     return {
@@ -65,9 +62,7 @@ def make_data(n: int) -> Tensors:
     } | dict(zip(TEACHER, pairs(n, D + 2, 0.5, seed=9, device="cpu"), strict=True))
 
 
-def run_block(
-    block: str, data: Tensors, n: int, ids: Tensor | None = None, **options: Any
-) -> Tensor:
+def run_block(block, data, n, ids=None, **options):
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
     names = dict(data)
     exec(BLOCKS[0], names)
@@ -96,20 +91,20 @@ def run_block(
     return names["loss"]
 
 
-def moving_averages(n: int) -> Tensor:
+def moving_averages(n):
     """log u after earlier steps. The first sample was in none of them."""
     log_u = random_features(n, seed=3)[:, 0]
     log_u[0] = -torch.inf
     return log_u
 
 
-def mask(n: int, ids: Tensor | None) -> Tensor:
+def mask(n, ids):
     """Which columns are a row's negatives."""
     others = ~torch.eye(n, dtype=torch.bool)
     return others if ids is None else others & (ids[:, None] != ids)
 
 
-def cross_entropy(logits: Tensor, negatives: Tensor) -> Tensor:
+def cross_entropy(logits, negatives):
     """(N,): the cross-entropy of row i for column i among its negatives and all further columns."""
     n, m = logits.shape
     kept = negatives | torch.eye(n, negatives.shape[1], dtype=torch.bool)
@@ -118,11 +113,11 @@ def cross_entropy(logits: Tensor, negatives: Tensor) -> Tensor:
     return F.cross_entropy(logits.where(kept, -torch.inf), target, reduction="none")
 
 
-def both_ways(logits: Tensor, negatives: Tensor) -> Tensor:
+def both_ways(logits, negatives):
     return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)) / 2
 
 
-def logits_of(data: Tensors) -> Tensor:
+def logits_of(data):
     return data["logit_scale"] * data["image_features"] @ data["text_features"].T
 
 
@@ -188,7 +183,7 @@ def log_q(data, negatives):
     return both_ways(logits_of(data) + data["log_weights"], negatives).mean()
 
 
-def logits_of_views(data: Tensors) -> Tensor:
+def logits_of_views(data):
     """Of the 2 N views with each other, without a view's with itself."""
     views = torch.cat((data["image_features"], data["text_features"]))
     itself = torch.eye(len(views), dtype=torch.bool)
@@ -282,7 +277,7 @@ def guide(data, negatives):
     return (cross_entropy(logits, kept) + cross_entropy(logits.T, kept.T)).mean() / 2
 
 
-def token_scores(data: Tensors, queries: str, documents: str) -> Tensor:
+def token_scores(data, queries, documents):
     """(N, N, tokens of a query): the largest similarity to a token of the document, or 0."""
     both = data[f"{queries}_tokens"][:, None, :, None] * data[f"{documents}_tokens"][:, None]
     largest = both.sum(-1).where(data[f"{documents}_mask"][:, None], -torch.inf).max(-1).values
@@ -336,16 +331,16 @@ NEED_TWO_PAIRS = (decoupled, debiased, moving_average, uniformity)
 ACROSS_RANKS = {"loss = torch.logsumexp(row, dim=0)": "torch.distributed.all_reduce(total)"}
 
 
-def recipes(answer: str = "") -> list[str]:
+def recipes(answer=""):
     """The recipes whose section of the page gives this answer."""
     sections = (pages.ROOT / "docs/losses.md").read_text().split("\n## ")
     return [marker for marker in DENSE for text in sections if marker in text and answer in text]
 
 
-def results(loss_fn: Callable[..., Tensor], data: Tensors) -> Tensors:
+def results(loss_fn, data):
     """The loss of these variables and a logit scale, under "value", and its gradients by name."""
 
-    def of_unit_rows(**leaves: Tensor) -> Tensor:
+    def of_unit_rows(**leaves):
         """The formulas hold for rows of unit length. Gradients of others are tangential."""
         normalised = {name: F.normalize(leaves[name], dim=1) for name in FEATURES}
         return loss_fn({**leaves, **normalised})
@@ -354,7 +349,7 @@ def results(loss_fn: Callable[..., Tensor], data: Tensors) -> Tensors:
     return value_and_grads(of_unit_rows, {**data, "logit_scale": scale}, CONSTANTS)
 
 
-def expected(marker: str, n: int, ids: Tensor | None) -> Tensors:
+def expected(marker, n, ids):
     return results(lambda data: DENSE[marker](data, mask(n, ids)), make_data(n))
 
 
@@ -367,13 +362,13 @@ SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinc
 
 
 @pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
-def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int):
+def test_a_recipe_equals_its_dense_form(marker, n, distinct):
     ids = torch.arange(n) % distinct if distinct else None
     found = results(lambda data: run_block(block_with(marker), data, n, ids), make_data(n))
     torch.testing.assert_close(found, expected(marker, n, ids), **CLOSE)
 
 
-def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> Tensors:
+def step(rank, world_size, marker, n, dist_impl):
     own = {name: x.chunk(world_size)[rank] for name, x in make_data(n).items()}
     block = block_with(ACROSS_RANKS.get(marker, marker))
     return results(lambda data: run_block(block, data, n, dist_impl=dist_impl), own)
@@ -381,9 +376,7 @@ def step(rank: int, world_size: int, marker: str, n: int, dist_impl: str) -> Ten
 
 @pytest.mark.parametrize("marker", recipes("Ranks: yes"))
 @pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring")])
-def test_a_recipe_across_ranks_equals_its_dense_form(
-    marker: str, world_size: int, dist_impl: str, ranks
-):
+def test_a_recipe_across_ranks_equals_its_dense_form(marker, world_size, dist_impl, ranks):
     n = 12
     answers = ranks.run(world_size, step, marker, n, dist_impl)
     exact = expected(marker, n, None)
@@ -406,7 +399,7 @@ def test_every_recipe_of_the_page_is_compared():
     # The first has too many logits to keep their exponentials.
     [("expected_partner(teacher_images", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
 )
-def test_soft_targets_and_maxsim_need_no_matrix(marker: str, n: int, tokens: int):
+def test_soft_targets_and_maxsim_need_no_matrix(marker, n, tokens):
     """In float64. The N x N forms keep several matrices, of similarities of tokens."""
     torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
     block = block_with(marker)

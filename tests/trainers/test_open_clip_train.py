@@ -6,9 +6,7 @@ import re
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,13 +15,13 @@ import torch
 pytest.importorskip("open_clip_train.main")
 pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 
-from inputs import TERMS, Tensors
+from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
 from pages import blocks
 from pool import Ranks
 from recipe_cases import TEXT, VISION
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.compare.competitors import dense_clip
@@ -34,11 +32,11 @@ from reference_train.data.emoji import EMOJI_FOLDER
 class WithoutDevices(DistributedDataParallel):
     """OpenCLIP passes device_ids, which DistributedDataParallel refuses on a CPU."""
 
-    def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
+    def __init__(self, module, device_ids=None, **options):
         super().__init__(module, **options)
 
 
-def train_on_rank(rank: int, world_size: int, arguments: list[str]) -> None:
+def train_on_rank(rank, world_size, arguments):
     """Trains in the group that the ranks have already."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     with (
@@ -49,7 +47,7 @@ def train_on_rank(rank: int, world_size: int, arguments: list[str]) -> None:
         open_clip_train.main(arguments)
 
 
-def dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+def dense(image_features, text_features, logit_scale):
     """CLIP's loss of this rank's pairs, without those of other ranks."""
     return dense_clip(image_features, text_features, logit_scale)
 
@@ -57,11 +55,11 @@ def dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) ->
 class LogQ(nn.Module):
     """The recipe, with one weight for all columns: then it is CLIP's loss."""
 
-    def __init__(self, log_weight: float) -> None:
+    def __init__(self, log_weight):
         super().__init__()
         self.register_buffer("log_weight", torch.tensor(log_weight))
 
-    def forward(self, image_features: Tensor, **outputs: Tensor) -> Tensors:
+    def forward(self, image_features, **outputs):
         names = {**outputs, "image_features": image_features}
         names["log_weights"] = self.log_weight.expand(len(image_features))
         page = blocks("docs/losses.md")
@@ -82,7 +80,7 @@ CONSTANT = ("--no-lambda-progress",)
 
 
 @pytest.fixture(scope="module")
-def own_ranks() -> Iterator[Ranks]:
+def own_ranks():
     """Their own, because OpenCLIP changes how a process logs."""
     ranks = Ranks()
     yield ranks
@@ -112,7 +110,7 @@ def own_ranks() -> Iterator[Ranks]:
     ],
 )
 def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
-    flags: tuple[str, ...], parameters: tuple[str, ...], terms, own_ranks, tmp_path
+    flags, parameters, terms, own_ranks, tmp_path
 ):
     """The recipes' command line, but with a tiny model and the emoji. The terms sum to the loss."""
     (command,) = blocks("OpenCLIP's command line", "sh")
@@ -142,11 +140,11 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
 class Model(nn.Module):
     """A model of six pairs, in which each text occurs twice."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.eye(6))
 
-    def forward(self, image: Tensor, text: Tensor | None = None) -> dict[str, Any]:
+    def forward(self, image, text=None):
         features = nn.functional.normalize((self.weight + image).cos(), dim=1)
         return {"image_features": features, "text_features": features.flip(0), "logit_scale": 10.0}
 
@@ -170,7 +168,7 @@ class Trainer(ModuleType):
     schedule: its learning rate schedule. failure: the message of an error.
     """
 
-    def __init__(self, theirs: Any, version: str = "3", **settings: Any) -> None:
+    def __init__(self, theirs, version="3", **settings):
         super().__init__("open_clip_train.main")
         flags = {"accum_freq": 1, "skip_scheduler": False, "failure": "", "calls": True}
         flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
@@ -188,12 +186,12 @@ class Trainer(ModuleType):
         else:
             self.create_loss = lambda args: theirs
 
-    def make_loss(self) -> Any:
+    def make_loss(self):
         if self.version == "4":
             return self.create_task(None, model=None).loss
         return self.create_loss(None)
 
-    def main(self, argv: list[str]) -> None:
+    def main(self, argv):
         self.argv, args = argv, self.parse_args(argv)
         model, *_ = self.create_model_and_transforms("tiny", device=self.device, output_dict=True)
         if args.failure:
@@ -212,7 +210,7 @@ class Trainer(ModuleType):
             optimizer.step()
 
 
-def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Trainer:
+def launch(trainer, monkeypatch, *argv):
     monkeypatch.setitem(sys.modules, "open_clip_train.main", trainer)
     open_clip_train.main(argv)
     return trainer
@@ -246,9 +244,7 @@ SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
         ),
     ],
 )
-def test_a_loss_is_replaced_or_gets_the_penalties(
-    version: str, theirs: nn.Module, given: tuple[str, ...], ours: nn.Module, monkeypatch
-):
+def test_a_loss_is_replaced_or_gets_the_penalties(version, theirs, given, ours, monkeypatch):
     trainer = Trainer(theirs, version, epoch=2)
     for _ in range(2):  # a process may train twice
         loss = launch(trainer, monkeypatch, *given, "--epochs", "3").loss
@@ -263,7 +259,7 @@ def test_a_loss_is_replaced_or_gets_the_penalties(
     ("given", "inmodal"), [(DENSE, 0), (LOG_Q, 0), ((*DENSE, *INMODAL), 2), ((*LOG_Q, *INMODAL), 2)]
 )
 def test_the_chosen_loss_is_trained_with_the_penalties_that_are_asked_for(
-    given, inmodal: float, version: str, monkeypatch
+    given, inmodal, version, monkeypatch
 ):
     trainer = launch(Trainer(SigLipLoss(), version), monkeypatch, *given)
     terms = dict(trainer.terms[0])
@@ -273,15 +269,15 @@ def test_the_chosen_loss_is_trained_with_the_penalties_that_are_asked_for(
     torch.testing.assert_close(penalties, expected)
 
 
-def values_of_pairs(image_features, text_features, logit_scale) -> Tensor:
+def values_of_pairs(image_features, text_features, logit_scale):
     return (image_features * text_features).sum(1)
 
 
-def without_scale(image_features, text_features) -> Tensor:
+def without_scale(image_features, text_features):
     return (image_features * text_features).sum()
 
 
-def total(image_features, text_features, logit_scale) -> Tensors:
+def total(image_features, text_features, logit_scale):
     return {"total": image_features.sum()}
 
 
@@ -309,7 +305,7 @@ DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
         ({}, (*DENSE, *RING), "--dist-impl need CLIP's or SigLIP's loss"),
     ],
 )
-def test_unsupported_runs_stop_with_one_line(settings: dict, given, message: str, monkeypatch):
+def test_unsupported_runs_stop_with_one_line(settings, given, message, monkeypatch):
     trainer = Trainer(**{"theirs": ClipLoss(), **settings})
     with pytest.raises(SystemExit) as stopped:
         launch(trainer, monkeypatch, *given)
@@ -345,7 +341,7 @@ def test_bad_flags_are_refused(flag, wrong, message, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--lambda-inmodl", "--lr-schedulr"])  # ours, and OpenCLIP's
-def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path, monkeypatch, capsys):
+def test_a_misspelled_flag_is_named_in_one_line(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["open_clip_train", flag, "0.5", "--logs", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^unrecognized arguments: {flag} 0.5$"):
         open_clip_train.main()
@@ -353,7 +349,7 @@ def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeypatch):
+def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
     """It is asked for on the device that OpenCLIP gives this rank."""
     monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
     trainer, message = Trainer(ClipLoss()), "the kernels do not support meta"
@@ -376,7 +372,7 @@ def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeyp
     ],
 )
 def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
-    theirs, schedule: str, warmup: str, length: int, epoch: int, monkeypatch
+    theirs, schedule, warmup, length, epoch, monkeypatch
 ):
     """The warm-up is a number of steps or a fraction of all ten steps. Some runs are resumed."""
     argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
@@ -401,7 +397,7 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     ],
 )
 def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
-    theirs: nn.Module, world_size: int, given, warns: bool, monkeypatch, caplog
+    theirs, world_size, given, warns, monkeypatch, caplog
 ):
     """All ranks and accumulated batches count: they are in one call."""
     sizes = {"batch_size": 128, "accum_freq": 4, "world_size": world_size}
@@ -417,9 +413,7 @@ def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
     ("theirs", "ours", "flags"),
     [(ClipLoss, CyCLIPLoss, CONSTANT), (SigLipLoss, CySigLIPLoss, ["--sig"])],
 )
-def test_the_loss_gets_ids_of_the_captions(
-    theirs, ours, flags, version: str, same: str, monkeypatch
-):
+def test_the_loss_gets_ids_of_the_captions(theirs, ours, flags, version, same, monkeypatch):
     """OpenCLIP itself passes no captions to the loss."""
     trainer = launch(Trainer(theirs(), version), monkeypatch, CAPTIONS, same, *flags)
     loss_fn = ours(**OF_32, same_ids=same)

@@ -4,7 +4,6 @@ import math
 import random
 import sys
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -18,7 +17,6 @@ import recipe_cases
 from pages import run
 from processes import run_python
 from recipe_cases import batch, captions, tiny_clip, tokenizer
-from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
@@ -31,7 +29,7 @@ INDICES = torch.arange(32)
 ADVISED = {"reference_batch_size": 32, "lambda_progress": True, "centered": True}
 
 
-def prepared() -> dict[str, Any]:
+def prepared():
     """The variables of all training recipes: ten steps, with a logit scale that is too high."""
     model, data = tiny_clip(), TensorDataset(*batch())
     model.logit_scale.data.fill_(6.0)
@@ -44,7 +42,7 @@ def prepared() -> dict[str, Any]:
     }
 
 
-def last_loss_and_scale() -> tuple[Tensor, Tensor]:
+def last_loss_and_scale():
     """Those of the ten steps, without a recipe."""
     names = prepared()
     model = names["model"]
@@ -68,7 +66,7 @@ TRAINING = [
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
-def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, package: str):
+def test_a_recipe_trains_and_clamps_the_logit_scale(heading, block, package):
     names, module = prepared(), pytest.importorskip(package)
     if package == "lightning":
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -90,7 +88,7 @@ def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch
     """The two towers are so far apart that, with the means, images are the nearest of an image."""
 
     class Towers(torch.nn.Module):
-        def forward(self, *pair: Tensor) -> dict[str, Tensor]:
+        def forward(self, *pair):
             return dict(zip(FEATURES, (normalize(x, dim=-1) for x in pair), strict=True))
 
     monkeypatch.chdir(tmp_path)
@@ -128,7 +126,7 @@ POSITIVES = CyCLIPLoss(**ADVISED, same_ids="positives")
 
 
 @pytest.mark.parametrize("block", [0, 1, 2], ids=["class names", "person ids", "captions"])
-def test_rows_of_a_class_a_person_or_an_image_are_positives(block: int):
+def test_rows_of_a_class_a_person_or_an_image_are_positives(block):
     model, (images, tokens), loss_fn = tiny_clip(), batch(), POSITIVES
     tokens[31] = tokens[30]
     if block == 0:  # images of a class, whatever their captions; else images with equal captions
@@ -208,7 +206,7 @@ def test_the_checkouts_folder_kernels_imports_nothing():
     ],
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
-    heading: str, block: int, family: str, tmp_path
+    heading, block, family, tmp_path
 ):
     """One step of SGD with a learning rate of 1. SigLIP's loss is transformers' own."""
     transformers = pytest.importorskip("transformers")
@@ -284,7 +282,7 @@ def test_ms_swifts_loss_has_every_document_and_negative_as_a_column(monkeypatch)
     torch.testing.assert_close(loss, cross_entropy(logits, torch.tensor([0, 3, 4])))
 
 
-def duplicates() -> tuple[Tensor, Tensor, Tensor]:
+def duplicates():
     """Images, tokens whose rows occur four times each, and an id for each distinct row."""
     images, tokens = batch()
     return images, tokens[INDICES % 8], INDICES % 8

@@ -3,16 +3,15 @@
 import inspect
 import re
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("open_clip")
 
-from inputs import FEATURES, Tensors, pairs
+from inputs import FEATURES, pairs
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
-from torch import Tensor, nn
+from torch import nn
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 
@@ -23,28 +22,28 @@ OTHER_NAMES = ("audio_features", "text_features")
 class MarginLoss(nn.Module):
     """A custom loss with keyword-only features."""
 
-    def forward(self, margin: Tensor, *, text_features: Tensor, image_features: Tensor) -> Tensor:
+    def forward(self, margin, *, text_features, image_features):
         return margin - (image_features * text_features).sum()
 
 
 class AudioLoss(nn.Module):
     """Has the arguments of LAION's CLAP loss. `returned` turns the loss into what it returns."""
 
-    def __init__(self, returned: Any = lambda loss: loss) -> None:
+    def __init__(self, returned=lambda loss: loss):
         super().__init__()
         self.returned = returned
 
-    def forward(self, audio_features, text_features=None, logit_scale_a=10.0, mlp=None) -> Any:
+    def forward(self, audio_features, text_features=None, logit_scale_a=10.0, mlp=None):
         return self.returned(ClipLoss()(audio_features, text_features, logit_scale_a))
 
 
 @pytest.fixture
-def features(device) -> tuple[Tensor, Tensor]:
+def features(device):
     return pairs(6, 4, device=device)
 
 
 @pytest.fixture
-def penalties(features) -> Tensors:
+def penalties(features):
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
@@ -76,12 +75,12 @@ def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties)
 class OneDict(nn.Module):
     """Takes one dict, as SLIP's loss does."""
 
-    def forward(self, outputs: Tensors) -> tuple[Tensor, float]:
+    def forward(self, outputs):
         return ClipLoss()(*outputs.values(), 10.0), 2.0
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda x: x, partial(torch.compile, backend="aot_eager", fullgraph=True)]
+    "wrap", [lambda x: x, partial(torch.compile, backend="eager", fullgraph=True)]
 )
 def test_features_are_found_by_argument_names_or_a_callable(wrap, features, penalties):
     image, text = features
@@ -113,7 +112,7 @@ def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(featu
         (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
 )
-def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features):
+def test_a_result_that_cannot_be_summed_is_refused(returned, message, features):
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
     message = f"what AudioLoss returned ({message}"
     with pytest.raises(TypeError, match=re.escape(message)):
@@ -131,7 +130,7 @@ def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, 
         (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
     ],
 )
-def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str):
+def test_what_cannot_be_wrapped_is_refused(loss, names, message):
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss, features=names)
     wrapped = WithCyclicPenalty(ClipLoss())
