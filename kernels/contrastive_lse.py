@@ -142,24 +142,19 @@ def _join(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "row_parts", "column_parts", "n", "m", "num_columns", "num_previous", "partner_offset",
-    ],
-    do_not_specialize_on_alignment=["row_lse", "column_lse", "pair_logits"],
-)  # fmt: skip
+    do_not_specialize=["row_parts", "column_parts", "n", "num_columns", "num_previous"],
+    do_not_specialize_on_alignment=["row_lse", "column_lse"],
+)
 def join_lse_kernel(
     row_partials,  # (2, row_parts, n): maxima and sums, in units of log 2
     column_partials,  # (2, column_parts, num_columns)
     row_lse,  # (n,) out
     column_lse,  # (num_columns,) out, combined with its values after the first strip
-    pair_logits,  # (n,) out: 0 where row i has no partner
     row_parts,
     column_parts,
     n,
-    m,
-    num_columns,  # m, or 0 where columns have no log-sum-exps
+    num_columns,  # 0 where columns have no log-sum-exps
     num_previous,  # num_columns, or 0 for the first strip of rows
-    partner_offset,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -169,12 +164,6 @@ def join_lse_kernel(
     if block < row_blocks:
         first = block * BLOCK
         _join(row_partials, row_lse, row_parts, n, 0, first, TILES, BLOCK)
-        rows = first + tl.arange(0, BLOCK)
-        partner = rows + partner_offset
-        has_no_partner = (partner < 0) | (partner >= m)
-        tl.store(
-            pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=has_no_partner & (rows < n)
-        )
     else:
         first = (block - row_blocks) * BLOCK
         _join(
@@ -193,7 +182,9 @@ def contrastive_lse(logits: Logits) -> BlockLse:
     (n, d), m = row_features.shape, column_features.shape[0]
     num_columns = m if logits.symmetric else 0
     negatives_lse = row_features.new_empty(n + num_columns, dtype=torch.float32)
-    pair_logits = negatives_lse.new_empty(n)
+    # The kernel writes those of rows with a partner. Without others, no launch sets zeros.
+    has_partners = logits.pairs[0] == slice(0, n)
+    pair_logits = negatives_lse.new_empty(n) if has_partners else negatives_lse.new_zeros(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
     # The rows of a strip, a multiple of the tile's rows.
@@ -213,9 +204,7 @@ def contrastive_lse(logits: Logits) -> BlockLse:
             )  # fmt: skip
             block = JOIN_LSE.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(num_columns, block),)](
-                row_partials, column_partials, negatives_lse[start:], negatives_lse[n:],
-                pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
-                num_columns if start > 0 else 0, part.partner_offset,
-                **JOIN_LSE.kwargs,
+                row_partials, column_partials, negatives_lse[start:], negatives_lse[n:], row_parts,
+                row_tiles, rows, num_columns, num_columns if start > 0 else 0, **JOIN_LSE.kwargs,
             )  # fmt: skip
     return BlockLse(negatives_lse, pair_logits)
