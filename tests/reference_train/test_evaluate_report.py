@@ -31,6 +31,7 @@ def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path):
     for part in ("results", "checkpoints"):
         result[part] = {"a|b.pt": result[part]["clip-0"]}
     for name in "ab":
+        (tmp_path / name).mkdir()
         records.save(result, tmp_path / name)
     report.main([f"{tmp_path}/a", f"{tmp_path}/b/evaluation.json", "--csv", f"{tmp_path}/runs.csv"])
     table = (tmp_path / "b" / "table.md").read_text()
