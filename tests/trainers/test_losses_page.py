@@ -1,7 +1,7 @@
 """Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64.
 
 A new recipe is a section of the page with a block that sets `loss`, and its N x N form in `DENSE`.
-The section says whether it takes ids and works across ranks.
+The section says whether it takes ids.
 """
 
 from functools import partial
@@ -374,7 +374,7 @@ def step(rank, world_size, marker, n, dist_impl):
     return results(lambda data: run_block(block, data, n, dist_impl=dist_impl), own)
 
 
-@pytest.mark.parametrize("marker", recipes("Ranks: yes"))
+@pytest.mark.parametrize("marker", recipes())
 @pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring")])
 def test_a_recipe_across_ranks_equals_its_dense_form(marker, world_size, dist_impl, ranks):
     n = 12
@@ -391,7 +391,6 @@ def test_a_recipe_across_ranks_equals_its_dense_form(marker, world_size, dist_im
 def test_every_recipe_of_the_page_is_compared():
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
-    assert len(recipes("Ranks: yes")) == len(DENSE)
 
 
 @pytest.mark.parametrize(
