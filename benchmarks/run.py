@@ -40,11 +40,17 @@ CSV_COLUMNS = (
     *("value", "gradient", "logit-scale gradient"),
 )
 SEED = 0
-OK, OUT_OF_MEMORY = "ok", "out of memory"
-# Parts of error messages that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate
-# when PyTorch's allocator has all memory of the GPU.
-OUT_OF_MEMORY_MESSAGES = (
-    r"can't allocate memory|not enough memory|std::bad_alloc|out of memory|alloc_failed"
+OK = "ok"
+SUMMARY = {  # a column of the rows, and the title of its table
+    "ms": "Forward and backward, ms",
+    "peak MB": "Peak memory, MB",
+    "share of a step": "Share of a step",
+    "gradient": "Relative error of the gradient",
+}
+# Parts of errors that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate when
+# PyTorch's allocator has all memory of the GPU.
+OUT_OF_MEMORY = (
+    "can't allocate memory|not enough memory|std::bad_alloc|out of memory|alloc_failed|MemoryError"
 )
 
 
@@ -86,16 +92,6 @@ class Run:
             print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
 
     @contextmanager
-    def start_section(self, name: str) -> Iterator[Section]:
-        """Collect results in a new section. An exception ends the section, but not the run."""
-        self.section = self.sections[name] = Section()
-        self.say(name)
-        try:
-            yield self.section
-        except Exception as error:
-            self.fail(f"{describe(error)}\n{traceback.format_exc()}")
-
-    @contextmanager
     def attempt(self, **values: Any) -> Iterator[Row]:
         """Add a row, which the block fills in. An exception in the block becomes its outcome."""
         row = {**values, "outcome": "interrupted"}
@@ -134,9 +130,8 @@ class Run:
 
 def describe(error: Exception) -> str:
     """The outcome of a row with this error: "out of memory", or its type and first line."""
-    is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if is_memory_error or re.search(OUT_OF_MEMORY_MESSAGES, str(error), re.IGNORECASE):
-        return OUT_OF_MEMORY
+    if re.search(OUT_OF_MEMORY, repr(error), re.IGNORECASE):
+        return "out of memory"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
@@ -161,7 +156,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def markdown(run: Run, found_versions: dict[str, str], summary: str) -> str:
+def markdown(run: Run, found_versions: dict[str, str]) -> str:
     """The record as a page: machine, versions, the summary, and what each section found."""
     shown = ", ".join(f"{name} {version}" for name, version in found_versions.items())
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
@@ -173,11 +168,43 @@ def markdown(run: Run, found_versions: dict[str, str], summary: str) -> str:
         "the cores.",
         "benchmarks/README.md explains the columns.",
     ]
-    parts += [f"## Summary\n\n{summary}"] if summary else []
+    if tables := summary(run.sections):
+        parts.append(f"## Summary\n\n{tables}")
     for name, section in run.sections.items():
         notes = (f"```\n{note}\n```" if "\n" in note else f"- {note}" for note in section.notes)
         parts += [f"## {name}", table(section.rows), *notes]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def summary(sections: dict[str, Section]) -> str:
+    """A table for each column of SUMMARY, with the cases as columns and a line for each loss."""
+    return "\n\n".join(
+        f"{title}\n\n{table(compare_losses(section.rows, column))}"
+        for section in sections.values()
+        for column, title in SUMMARY.items()
+        if any(column in row for row in section.rows)
+    )
+
+
+def compare_losses(rows: list[Row], column: str) -> list[Row]:
+    """A line for each loss, with a cell for each case. Ratios are to the first line."""
+    first = {case(row): row for row in rows if row["loss"] == rows[0]["loss"]}
+    lines: dict[str, Row] = {}
+    for row in rows:
+        cell = "" if row["outcome"] == OK else row["outcome"]
+        if column in row:
+            cell = format_number(row[column])
+            base = first.get(case(row), {})
+            if column in base and base is not row:
+                cell += f" ({format_number(row[column] / base[column])} ×)"
+        lines.setdefault(row["loss"], {"loss": row["loss"]})[case(row)] = cell
+    return list(lines.values())
+
+
+def case(row: Row) -> str:
+    """The heading of a row's case."""
+    distance = f", {row['|T - I|']}" if "|T - I|" in row else ""
+    return f"{row['N']:,} × {row['D']:,}, {row['dtype']}{distance}"
 
 
 def table(rows: list[Row]) -> str:
@@ -204,7 +231,7 @@ def append(file: Path, run: Run, name: str, found_versions: dict[str, str]) -> N
     common = {"date": run.date.isoformat(timespec="seconds"), "section": name}
     common |= {"device": device_name(run.device), **found_versions}
     is_new = not file.exists()
-    rows = [common | row for row in run.sections[name].rows if "loss" in row]
+    rows = [common | row for row in run.sections[name].rows]
     with file.open("a", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
         if is_new:
@@ -215,30 +242,28 @@ def append(file: Path, run: Run, name: str, found_versions: dict[str, str]) -> N
 
 
 def run_sections(
-    run: Run,
-    options: argparse.Namespace,
-    sections: Mapping[str, Callable[[Run], None]],
-    summary: Callable[[dict[str, Section]], str] = lambda sections: "",
+    run: Run, options: argparse.Namespace, sections: Mapping[str, Callable[[Run], None]]
 ) -> Path:
-    """Run the sections one by one. Returns the record's page.
+    """Run the sections one by one, and print the summary. Returns the record's page.
 
     The page and `results.csv` are written after each section, and when the command is interrupted.
     """
     name = options.name or f"{options.command}-{run.date:%Y-%m-%dT%H%M}"
     page, found_versions = options.out / f"{name}.md", versions()
     for section, measure in sections.items():
+        run.section = run.sections[section] = Section()
+        run.say(section)
         try:
-            with run.start_section(section):
-                measure(run)
+            measure(run)
         except KeyboardInterrupt:
             run.fail("interrupted")
             break
+        except Exception as error:  # it ends the section, but not the run
+            run.fail(f"{describe(error)}\n{traceback.format_exc()}")
         finally:
             if not run.quiet:
-                page.parent.mkdir(parents=True, exist_ok=True)
-                text = markdown(run, found_versions, summary(run.sections))
-                page.write_text(text, encoding="utf-8")
+                page.write_text(markdown(run, found_versions), encoding="utf-8")
                 if not run.dry_run:
                     append(page.with_name("results.csv"), run, section, found_versions)
-    run.say(f"{run.failures} failures; record in {page}")
+    run.say(f"{run.failures} failures; record in {page}\n\n{summary(run.sections)}\n")
     return page

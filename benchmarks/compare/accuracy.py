@@ -83,4 +83,6 @@ def add_errors(run: Run, losses: list[Competitor], plan: Plan) -> None:
             exact = exact_value_and_grads(computes, inputs)
             for loss in (loss for loss in losses if loss.computes == computes):
                 with run.attempt(**case, loss=loss.name, computes=computes) as row:
-                    row |= relative_errors(value_and_grads(loss.under(dtype), inputs), exact)
+                    row |= relative_errors(
+                        value_and_grads(loss.under(dtype, run.device), inputs), exact
+                    )

@@ -24,9 +24,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SIGLIP_BIAS = -10.0  # SigLIP's own initial value
 
 OURS = "CyCLIPLoss"
-OUR_COMPILED = "CyCLIPLoss, torch.compile"
 AUTHORS = "authors' formula"
-COMPILED = "authors' formula, torch.compile"
 OUR_CLIP = "CyCLIPLoss(0, 0)"
 DENSE_CLIP = "dense CLIP loss"
 COMPILED_CLIP = "dense CLIP loss, torch.compile"
@@ -59,8 +57,9 @@ def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image, text))
 
 
-def _siglip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    return reference.siglip_loss(image, text, scale, torch.full_like(scale, SIGLIP_BIAS))
+def with_bias(loss: Callable[..., Any]) -> Loss:
+    """SigLIP's loss with a constant bias."""
+    return lambda image, text, scale: loss(image, text, scale, SIGLIP_BIAS)
 
 
 def dense_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -104,8 +103,8 @@ DEFINITIONS: dict[str, Loss] = {
     CLIP: reference.contrastive_loss,
     ONE_WAY: dense_one_way,
     PENALTIES: dense_penalties,
-    SIGLIP: _siglip,
-    SIGLIP_WITH_PENALTIES: lambda *inputs: _siglip(*inputs) + dense_penalties(*inputs),
+    SIGLIP: with_bias(reference.siglip_loss),
+    SIGLIP_WITH_PENALTIES: lambda *inputs: DEFINITIONS[SIGLIP](*inputs) + dense_penalties(*inputs),
     SAME_IDS: with_ids(_cyclip),
     POSITIVES: with_ids(_cyclip, same_ids="positives"),
     EXTRA_TEXTS: with_extra_texts(_cyclip),
@@ -122,17 +121,10 @@ class Competitor:
     cuda_only: bool = False
     up_to: float = float("inf")  # the largest N for which it is measured
 
-    def under(self, dtype: str) -> Loss:
+    def under(self, dtype: str, device: torch.device) -> Loss:
         """The loss for features of this dtype, a key of `DTYPES`."""
         loss = self.make()
-        if dtype != "autocast":
-            return loss
-
-        def under_autocast(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-            with torch.autocast(image.device.type, torch.bfloat16):
-                return loss(image, text, scale)
-
-        return under_autocast
+        return torch.autocast(device.type, torch.bfloat16)(loss) if dtype == "autocast" else loss
 
 
 def users_loss(path: str) -> Competitor:
@@ -166,11 +158,6 @@ def our_penalties() -> Loss:
     return lambda image, text, scale: penalty(image, text)
 
 
-def with_bias(loss: Callable[..., Any]) -> Loss:
-    """SigLIP's loss with a constant bias."""
-    return lambda image, text, scale: loss(image, text, scale, SIGLIP_BIAS)
-
-
 def open_clip_loss(name: str, **options: Any) -> Any:
     """OpenCLIP's loss of this name."""
     return getattr(import_module("open_clip.loss"), name)(**options)
@@ -193,11 +180,8 @@ def inf_cl_loss() -> Loss:
     one_way = import_module("inf_cl").cal_flash_loss
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        image_to_text, text_to_image = (
-            one_way(row_features, column_features, scale=scale).mean()
-            for row_features, column_features in ((image, text), (text, image))
-        )
-        return (image_to_text + text_to_image) / 2
+        both = one_way(image, text, scale=scale) + one_way(text, image, scale=scale)
+        return both.mean() / 2
 
     return loss
 
@@ -205,11 +189,9 @@ def inf_cl_loss() -> Loss:
 def siglip_kernel_loss() -> Loss:
     """siglip-kernel's SigLIP loss. It takes the logarithm of the scale."""
     fused = import_module("siglip_kernel").fused_siglip_loss
-
-    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return fused(image, text, scale.log(), torch.full_like(scale, SIGLIP_BIAS))
-
-    return loss
+    return lambda image, text, scale: fused(
+        image, text, scale.log(), torch.full_like(scale, SIGLIP_BIAS)
+    )
 
 
 SHORT = 16384  # the largest N of losses that take long, and of those that are compared with them
@@ -218,9 +200,9 @@ SHORT = 16384  # the largest N of losses that take long, and of those that are c
 COMPETITORS: tuple[Competitor, ...] = (
     Competitor(OURS, CyCLIPLoss),
     Competitor("CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
-    Competitor(OUR_COMPILED, lambda: torch.compile(CyCLIPLoss()), up_to=SHORT),
+    Competitor(f"{OURS}, torch.compile", lambda: torch.compile(CyCLIPLoss()), up_to=SHORT),
     Competitor(AUTHORS, lambda: authors_formula),
-    Competitor(COMPILED, lambda: torch.compile(authors_formula)),
+    Competitor(f"{AUTHORS}, torch.compile", lambda: torch.compile(authors_formula)),
     Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),
     Competitor(f"{OUR_CLIP}, torch.compile", lambda: torch.compile(CyCLIPLoss(0, 0)), CLIP),
     Competitor(DENSE_CLIP, lambda: dense_clip, CLIP),

@@ -32,7 +32,8 @@ def add_costs(
         try:
             rows = measure_in_turn(run, [c for c in losses if n <= c.up_to], n, d, dtype, plan)
             for row in rows:
-                add_rates(row, step_rate)
+                if step_rate and "ms" in row:
+                    row["share of a step"] = step_rate * row["ms"] * ranks.size() / (1e3 * n)
         except Exception as error:  # go on with the other sizes
             run.fail(f"{name}: {describe(error)}")
 
@@ -50,7 +51,7 @@ def checked_step(
 
     The small batch has loaded libraries, and code that is compiled has been, at that size.
     """
-    loss = competitor.under(dtype)
+    loss = competitor.under(dtype, run.device)
     small = make_leaves(run, SMALL_BATCH * ranks.size(), leaves[0].shape[1], dtype)
     found: Row = {}
     if ranks.size() == 1:
@@ -87,11 +88,3 @@ def measure_in_turn(
     for name, milliseconds in times.items():
         rows[name] |= measure.time_columns([ranks.largest(x) for x in milliseconds])
     return list(rows.values())
-
-
-def add_rates(row: Row, step_rate: float | None) -> None:
-    """Add the pairs per second and the share of a step."""
-    if "ms" in row:
-        row["pairs/s"] = 1e3 * row["N"] / row["ms"]
-        if step_rate:
-            row["share of a step"] = step_rate * ranks.size() / row["pairs/s"]

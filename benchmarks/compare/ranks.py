@@ -50,10 +50,9 @@ def largest(value: float) -> float:
     """The largest of the ranks' values."""
     if size() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.item()
+    values = [value] * size()
+    dist.all_gather_object(values, value)
+    return max(values)
 
 
 def competitors(users: Sequence[str]) -> list[Competitor]:

@@ -1,4 +1,4 @@
-"""Shows the rows of a side-by-side run: tables with a line for each loss, and a figure."""
+"""Draws the rows of a side-by-side run."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 from benchmarks.compare import competitors as names
-from benchmarks.run import OK, Row, Section, format_number, table
+from benchmarks.run import Row
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
@@ -22,66 +22,27 @@ DRAWN = (
     (names.OUR_CLIP, names.DENSE_CLIP, "#009E73"),
     (names.OUR_SIGLIP, names.DENSE_SIGLIP, "#E69F00"),
 )
-SUMMARY = {
-    # column of the rows: the table's title, and whether it shows ratios
-    "ms": ("Forward and backward, ms", True),
-    "peak MB": ("Peak memory, MB", True),
-    "pairs/s": ("Pairs per second", False),
-    "share of a step": ("Share of a step", False),
-    "gradient": ("Relative error of the gradient", True),
-}
-
-
-def summary(sections: dict[str, Section]) -> str:
-    """A table for each column of SUMMARY, with the cases as columns and a line for each loss."""
-    tables = []
-    for section in sections.values():
-        for column, (title, with_ratios) in SUMMARY.items():
-            if any(column in row for row in section.rows):
-                lines = compare_losses(section.rows, column, with_ratios)
-                tables.append(f"{title}\n\n{table(lines)}")
-    return "\n\n".join(tables)
-
-
-def compare_losses(rows: list[Row], column: str, with_ratios: bool) -> list[Row]:
-    """A line for each loss, with a cell for each case. Ratios are to the first line."""
-    first = {case(row): row for row in rows if row["loss"] == rows[0]["loss"]}
-    lines: dict[str, Row] = {}
-    for row in rows:
-        cell = "" if row["outcome"] == OK else row["outcome"]
-        if column in row:
-            cell = format_number(row[column])
-            base = first.get(case(row), {})
-            if with_ratios and column in base and base is not row:
-                cell += f" ({format_number(row[column] / base[column])} ×)"
-        lines.setdefault(row["loss"], {"loss": row["loss"]})[case(row)] = cell
-    return list(lines.values())
-
-
-def case(row: Row) -> str:
-    """The heading of a row's case."""
-    distance = f", {row['|T - I|']}" if "|T - I|" in row else ""
-    return f"{row['N']:,} × {row['D']:,}, {row['dtype']}{distance}"
 
 
 def draw(rows: list[Row], device: str, file: Path) -> None:
     """Draw a PNG: time and memory over N, relative to dense losses, at the first D and dtype."""
-    rows = [row for row in rows if (row["D"], row["dtype"]) == (rows[0]["D"], rows[0]["dtype"])]
+    first = rows[0]["D"], rows[0]["dtype"]
+    rows = [row for row in rows if "ms" in row and (row["D"], row["dtype"]) == first]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, layout="constrained")
     figure.suptitle(
-        f"Forward and backward pass, D = {rows[0]['D']:,}, {rows[0]['dtype']}, {device}\n"
+        f"Forward and backward pass, D = {first[0]:,}, {first[1]}, {device}\n"
         "relative to the dense loss with one product (SigLIP's to the dense SigLIP loss)"
     )
     users = [(x, names.DENSE_CLIP, "k") for x in {row["loss"] for row in rows} - names.NAMES]
     sizes = sorted({row["N"] for row in rows})
     for ax, column, title in zip(axes, ("ms", "peak MB"), ("Time", "Peak memory"), strict=True):
-        found = {(row["loss"], row["N"]): row[column] for row in rows if "ms" in row}
+        found = {(row["loss"], row["N"]): row[column] for row in rows}
         ends = []
         for loss, base, colour in (*DRAWN, *users):
             points = [
                 (n, found[loss, n] / found[base, n])
                 for n in sizes
-                if (loss, n) in found and (base, n) in found
+                if {(loss, n), (base, n)} <= found.keys()
             ]
             if points:
                 ax.loglog(*zip(*points, strict=True), "o-", color=colour, lw=2, ms=4)

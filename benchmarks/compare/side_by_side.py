@@ -14,7 +14,7 @@ from benchmarks.compare.accuracy import add_errors
 from benchmarks.compare.competitors import competitors
 from benchmarks.compare.cost import add_costs
 from benchmarks.compare.plan import CPU, CUDA, chosen
-from benchmarks.compare.report import draw, summary
+from benchmarks.compare.report import draw
 from benchmarks.measure import limit_to_available
 from benchmarks.run import Run, device_name, run_sections
 
@@ -34,8 +34,7 @@ def main(options: argparse.Namespace) -> int:
     sections = {"cost": lambda run: add_costs(run, losses, plan, options.step_rate)}
     if not across_ranks:
         sections["error"] = lambda run: add_errors(run, losses, plan)
-    page = run_sections(run, options, sections, summary)
-    run.say(f"\n\n{summary(run.sections)}\n")
+    page = run_sections(run, options, sections)
     if across_ranks:
         dist.destroy_process_group()
     elif rows := run.sections["cost"].rows:

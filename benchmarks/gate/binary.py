@@ -85,13 +85,12 @@ def inspect(compiled: Any) -> Binary:
     """Read the binary that `triton.compile` returned."""
     if "hsaco" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        registers, spilled_bytes = amd_registers(assembly)
+        registers = amd_registers(assembly)
     else:
         assembly = disassemble(compiled.asm["cubin"])
-        registers, spilled_bytes = nvidia_registers(assembly)
+        registers = nvidia_registers(assembly)
     return Binary(
-        registers,
-        spilled_bytes,
+        *registers,
         compiled.metadata.shared,
         dict(Counter(MATRIX_INSTRUCTIONS.findall(assembly))),
         is_serialised(assembly),
@@ -126,7 +125,7 @@ def disassemble(cubin: bytes) -> str:
     """The resource usage and the assembly (SASS) of an NVIDIA binary, as text."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     # cuobjdump finds nvdisasm, its disassembler, on the PATH.
-    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -83,6 +83,8 @@ class Variant(NamedTuple):
 def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
     """Lets the kernels take CPU tensors, as if on this chip. Results are garbage.
 
+    For a process that does nothing else: the driver and the precision stay.
+
     Yields, for each binary that is launched, the @triton.jit function and Triton's description.
     """
     binaries: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -91,9 +93,7 @@ def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[s
         binaries[f"{fn.name} {key}"] = fn.jit_function, compile
         return True  # nothing to compile or launch
 
-    precision_before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-
     driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: 0,
@@ -107,7 +107,6 @@ def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[s
         patch.object(configs, "architecture", lambda device: arch),
     ):
         yield binaries
-    torch.set_float32_matmul_precision(precision_before)
 
 
 def variants(arch: str, features: str) -> list[Variant]:

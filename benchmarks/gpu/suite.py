@@ -3,14 +3,11 @@
 If a test crashes its process, the test fails, and the remaining tests run in a new process.
 """
 
-import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 
 from benchmarks import ROOT
 from benchmarks.run import Run
@@ -26,8 +23,8 @@ DRY_RUN_TESTS = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0))
 # Several processes share the GPU, because the oracle takes most of the time, in float64 on the CPU.
 PROCESSES = max(1, min(8, CORES // 2))
-NO_TESTS = 5  # pytest's exit code
-GRACE_SECONDS = 30.0  # for pytest to report when it is interrupted
+NO_TESTS, TIME_OVER = 5, 124  # the exit codes of pytest and `timeout`
+GRACE_SECONDS = 30  # for pytest to report when it is interrupted
 
 
 def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
@@ -41,28 +38,21 @@ def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
     command = [sys.executable, "-m", "pytest", *options]
     command += DRY_RUN_TESTS if run.dry_run else tests
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
-    with (
-        tempfile.TemporaryFile("w+") as output,
-        subprocess.Popen(
+    # Coreutils' `timeout` interrupts pytest, which then reports. Ctrl-C reaches both.
+    limit = ["timeout", "--foreground", "--signal=INT", f"--kill-after={GRACE_SECONDS}"]
+    command = [*limit, str(max(1.0, run.remaining())), *command]
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would wait for workers that hang
+        code = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        try:
-            code = process.wait(None if math.isinf(run.deadline) else max(1.0, run.remaining()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-            process.kill()  # does nothing if it has ended
-            if isinstance(stop, KeyboardInterrupt):
-                raise
-            run.note("interrupted: the time was over")
-            code = 0
+        ).returncode
         output.seek(0)
         text = output.read()
+    if code == TIME_OVER:
+        run.note("interrupted: the time was over")
     *lines, last = text.splitlines() or [""]
     # When the time was over, only the output tells whether tests had failed.
-    if code not in (0, NO_TESTS) or "= FAILURES =" in text or "= ERRORS =" in text:
+    is_bad = code not in (0, NO_TESTS, TIME_OVER)
+    if is_bad or "= FAILURES =" in text or "= ERRORS =" in text:
         run.fail(f"pytest failed: {last}\n{text}")
     for line in (*(x for x in lines if x.startswith("SKIPPED")), last):
         run.note(line)

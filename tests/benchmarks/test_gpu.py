@@ -27,6 +27,24 @@ def test_the_suite_runs_the_chosen_tests(monkeypatch):
     assert started.value.args[-3:] == suite.SLOW_TESTS
 
 
+def test_tests_are_interrupted_when_the_time_is_over_and_report_first(tmp_path, monkeypatch):
+    """Here a script that takes the place of Python."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\ntrap 'echo = FAILURES =; echo SKIPPED x; echo 1 failed; exit 2' INT\n"
+        "while :; do sleep 0.1; done\n"
+    )
+    script.chmod(0o700)
+    monkeypatch.setattr(suite.sys, "executable", str(script))
+    run = Run(torch.device("cpu"))
+    run.deadline = 0.0
+    suite.run_tests(suite.SLOW_TESTS, 1, run)
+    over, failed, *skipped = run.section.notes
+    assert over == "interrupted: the time was over"
+    assert failed.startswith("FAILED pytest failed: 1 failed")
+    assert skipped == ["SKIPPED x", "1 failed"]
+
+
 # `python -m benchmarks` with sizes for which the interpreter takes less time.
 SMALL_DRY_RUN = """
 import runpy
@@ -49,6 +67,7 @@ def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path):
     page = file.read_text()
     assert "DRY RUN" in page
     assert f"`python -m benchmarks {arguments}`" in page
-    _, kernels, competitors = page.split("\n## ")
+    _, summary, kernels, competitors = page.split("\n## ")
+    assert "CyCLIPLoss" in summary
     assert "aten::mm" in kernels
     assert len(re.findall(r"\| 40 \| 32 \| bfloat16 \| .* \| ok \|", competitors)) > 10

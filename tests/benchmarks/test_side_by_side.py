@@ -59,7 +59,7 @@ def test_a_competitor_computes_its_definition(competitor, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     for name, module in PEERS.items():
         monkeypatch.setitem(sys.modules, name, module)
-    found = accuracy.value_and_grads(competitor.under("float32"), INPUTS)
+    found = accuracy.value_and_grads(competitor.under("float32", CPU), INPUTS)
     exact = accuracy.exact_value_and_grads(competitor.computes, INPUTS)
     assert max(accuracy.relative_errors(found, exact).values()) < 1e-6
 
@@ -96,12 +96,13 @@ def test_a_loss_has_its_median_time_unless_its_value_or_gradient_is_wrong(
     run = Run(CPU)
     too_large = Competitor("for smaller N", make, up_to=15)
     plan = replace(PLAN, sizes=((16, 8),), min_rounds=3)
-    cost.add_costs(run, [Competitor(OURS, make), too_large], plan)
+    cost.add_costs(run, [Competitor(OURS, make), too_large], plan, step_rate=800.0)
     (row,) = run.section.rows
     assert (row["loss"], row["outcome"]) == (OURS, outcome)
     assert ("ms" in row) == (outcome == "ok")
     if outcome == "ok":
-        assert (row["ms"], row["pairs/s"]) == (3, pytest.approx(16 / 3e-3))
+        # A step of 16 pairs takes 20 ms.
+        assert (row["ms"], row["share of a step"]) == (3, pytest.approx(3 / 20))
         assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
 
 
