@@ -18,14 +18,14 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPA
 Ended = subprocess.CompletedProcess[str]
 
 
-def run_python(*arguments: str, cwd: Path = ROOT) -> Ended:
+def run_python(*arguments, cwd=ROOT):
     """Run Python to its end, by default in the checkout."""
     options = {"capture_output": True, "text": True, "timeout": 1200.0, "check": False}
     command, environment = [sys.executable, *arguments], os.environ | ENVIRONMENT
     return subprocess.run(command, cwd=cwd, env=environment, **options)
 
 
-def run_forked(program: str, *arguments: str, cwd: Path) -> Ended:
+def run_forked(program, *arguments, cwd):
     """Run the text of a program. The process is forked from one that has imported slow modules.
 
     What it prints to either stream is in `stdout`, and in `cwd` / "printed.txt".
@@ -37,7 +37,7 @@ def run_forked(program: str, *arguments: str, cwd: Path) -> Ended:
     return Ended(arguments, process.exitcode, printed)
 
 
-def _run(program: str, arguments: tuple[str, ...], cwd: Path) -> None:
+def _run(program, arguments, cwd):
     os.environ.update(ENVIRONMENT)
     os.chdir(cwd)
     sys.argv[1:] = arguments
