@@ -20,7 +20,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_committed_table_is_that_of_its_record(table: str):
+def test_a_committed_table_is_that_of_its_record(table):
     path = ROOT / "reference_train" / "results" / f"{table}.md"
     result = read_evaluation(path.with_name(f"{TABLES[table]}.json"))
     assert report.markdown(result) == path.read_text()
