@@ -15,9 +15,6 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DE
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
-Ended = subprocess.CompletedProcess[str]
-
-
 def run_python(*arguments, cwd=ROOT):
     """Run Python to its end, by default in the checkout."""
     options = {"capture_output": True, "text": True, "timeout": 1200.0, "check": False}
@@ -34,7 +31,7 @@ def run_forked(program, *arguments, cwd):
     process.start()
     process.join()
     printed = (cwd / "printed.txt").read_text()
-    return Ended(arguments, process.exitcode, printed)
+    return subprocess.CompletedProcess(arguments, process.exitcode, printed)
 
 
 def _run(program, arguments, cwd):
