@@ -8,8 +8,7 @@ the CPU, and so do the `ranks` over gloo.
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -52,16 +51,16 @@ settings.register_profile("faults", settings.get_profile("fast"), phases=fails_s
 settings.load_profile("fast")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser):
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.addoption("--device", default=default, help=f"the tests' device (default: {default})")
 
 
-def pytest_report_header() -> list[str]:
+def pytest_report_header():
     return [f"not collected: {file} (needs {', '.join(NEEDS[file])})" for file in collect_ignore]
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     # macOS has no Triton. tests/requirements.txt and the extras have all else that the suite needs.
     is_linux = sys.platform == "linux"
     missing = [file for file in collect_ignore if is_linux or NEEDS[file] != ("triton",)]
@@ -80,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_setup(item):
     """Seed PyTorch's generator, forget warnings, and skip tests that cannot run here.
 
     A test marked gpu(n) needs n GPUs (by default 1) and --device cuda.
@@ -98,13 +97,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def device(pytestconfig) -> torch.device:
+def device(pytestconfig):
     """The device of a test's tensors."""
     return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(params=[pytest.param("triton", marks=needs_triton), "eager"], scope="session")
-def impl(request, device) -> str:
+def impl(request, device):
     """The engine. A test with this fixture runs once per engine."""
     if request.param == "triton" and device.type == "cuda" and not numerics.architecture(device):
         pytest.skip("the kernels do not support this GPU")
@@ -112,18 +111,18 @@ def impl(request, device) -> str:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def nan_in_fresh_memory() -> Iterator[None]:
+def nan_in_fresh_memory():
     fill_fresh_memory_with_nan()
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_make_parametrize_id(val: object) -> str | None:
+def pytest_make_parametrize_id(val):
     """The reason of a case, and the name of a dtype."""
     return getattr(val, "reason", None) or (str(val) if isinstance(val, torch.dtype) else None)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc):
     """Run tests marked nccl over gloo, and over NCCL too if there are two GPUs."""
     on_cuda = metafunc.config.getoption("--device").startswith("cuda")
     marked = metafunc.definition.get_closest_marker("nccl") and "ranks" in metafunc.fixturenames
@@ -132,7 +131,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(request) -> Iterator[Ranks]:
+def ranks(request):
     """Processes for tests across ranks: `ranks.run(world_size, task, *arguments)`."""
     on_gpus = getattr(request, "param", "gloo") == "nccl"
     ranks = Ranks("nccl", "cuda") if on_gpus else Ranks()
@@ -141,7 +140,7 @@ def ranks(request) -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
-def uninterpreted() -> Iterator[Executor]:
+def uninterpreted():
     """A process in which Triton compiles kernels: `uninterpreted.submit(function).result()`."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +150,7 @@ def uninterpreted() -> Iterator[Executor]:
 
 
 @pytest.fixture
-def unverified_kernels(monkeypatch) -> None:
+def unverified_kernels(monkeypatch):
     """`auto` uses the kernels on the CPU as on a GPU. No layout is verified yet."""
     from cyclip_loss import engines, kernels  # the kernels need Triton
 

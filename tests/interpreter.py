@@ -4,10 +4,9 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 
-def speed_up() -> None:
+def speed_up():
     """Let the interpreter not look for integer overflows, and replace Triton's functions only once.
 
     For each sum of integers it computes another one in 64 bits, and does not use it unless it
@@ -27,7 +26,7 @@ def speed_up() -> None:
         nothing_to_put_back = getattr(interpreter, "_LangPatchScope", object)()
 
         @lru_cache
-        def replace_once(kernel: Any) -> Any:
+        def replace_once(kernel):
             replace_functions(kernel)
             return nothing_to_put_back
 

@@ -2,7 +2,6 @@
 
 import re
 from functools import lru_cache
-from typing import Any
 
 from processes import ROOT
 
@@ -10,7 +9,7 @@ BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 
 @lru_cache
-def blocks(place: str, language: str = "python") -> list[str]:
+def blocks(place, language="python"):
     """The blocks of code on a page, such as "README.md", or under a heading of any page."""
     paths = [ROOT / place] if place.endswith(".md") else sorted((ROOT / "docs").glob("*.md"))
     found = []
@@ -23,7 +22,7 @@ def blocks(place: str, language: str = "python") -> list[str]:
     return found
 
 
-def run(place: str, index: int = 0, **names: Any) -> dict[str, Any]:
+def run(place, index=0, **names):
     """Run a block with these variables, and return all of its variables."""
     exec(compile(blocks(place)[index], f"block {index} of {place}", "exec"), names)
     return names

@@ -13,13 +13,11 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.forkserver import ensure_running
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 _own_device = torch.device("cpu")
 
 
-def own_device() -> torch.device:
+def own_device():
     """The device of a rank's tensors; the CPU in the process of pytest."""
     return _own_device
 
@@ -47,7 +45,7 @@ class Ranks:
     timeout: of the group's collectives, in seconds, after which torch raises.
     """
 
-    def __init__(self, backend: str = "gloo", device: str = "cpu", timeout: float = 240.0) -> None:
+    def __init__(self, backend="gloo", device="cpu", timeout=240.0):
         self.backend, self.device, self.timeout = backend, device, timeout
         self.limit = 1.25 * timeout  # of a task; a collective that hangs raises before that
         self._ranks = []
@@ -55,7 +53,7 @@ class Ranks:
         self._group_count = 0  # groups so far
         self._folder = tempfile.TemporaryDirectory()
 
-    def run(self, world_size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, world_size, task, *arguments):
         """What `task(rank, world_size, *arguments)` returns on each of `world_size` ranks.
 
         Raises RankError. The processes are then replaced, unless every rank raised an exception.
@@ -73,19 +71,19 @@ class Ranks:
             self._run_on_all(_join_group, world_size, self.backend, store, timeout)
         return self._run_on_all(task, world_size, *arguments)
 
-    def leave(self) -> None:
+    def leave(self):
         """Leave the group: the next task runs in a new one."""
         self._run_on_all(_leave_group)
         self._group_size = 0
 
-    def close(self) -> None:
+    def close(self):
         for process, connection in self._ranks:
             connection.close()
             process.kill()
             process.join()
         self._ranks, self._group_size = [], 0
 
-    def _start(self) -> None:
+    def _start(self):
         ours, theirs = multiprocessing.Pipe()
         context = fork_context() if self.device == "cpu" else multiprocessing.get_context("spawn")
         arguments = (len(self._ranks), self.device, theirs)
@@ -94,7 +92,7 @@ class Ranks:
         theirs.close()
         self._ranks.append((process, ours))
 
-    def _run_on_all(self, command: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def _run_on_all(self, command, *arguments):
         """Run command(rank, *arguments) on the ranks of the group."""
         message = pickle.dumps((command, arguments, self.limit))
         waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._group_size])}
@@ -131,7 +129,7 @@ class Collectives(TorchDispatchMode):
     result of any operator has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.found = []
         self.largest = 0
@@ -165,7 +163,7 @@ PRELOADED = (
 
 
 @lru_cache
-def fork_context() -> Any:
+def fork_context():
     """A context that forks from a process which has imported slow modules and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -177,7 +175,7 @@ def fork_context() -> Any:
     return context
 
 
-def _serve(rank: int, device: str, connection: Connection) -> None:
+def _serve(rank, device, connection):
     """The main loop of a process: run commands until the connection is closed."""
     from support import fill_fresh_memory_with_nan
 
@@ -208,11 +206,11 @@ def _serve(rank: int, device: str, connection: Connection) -> None:
         connection.send_bytes(buffer.getvalue())
 
 
-def _join_group(rank: int, world_size: int, backend: str, store: str, timeout: timedelta) -> None:
+def _join_group(rank, world_size, backend, store, timeout):
     options = {"rank": rank, "world_size": world_size, "timeout": timeout}
     dist.init_process_group(backend, init_method=store, **options)
 
 
-def _leave_group(rank: int) -> None:
+def _leave_group(rank):
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from interpreter import speed_up
@@ -15,17 +14,14 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DE
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
-Ended = subprocess.CompletedProcess[str]
-
-
-def run_python(*arguments: str, cwd: Path = ROOT) -> Ended:
+def run_python(*arguments, cwd=ROOT):
     """Run Python to its end, by default in the checkout."""
     options = {"capture_output": True, "text": True, "timeout": 1200.0, "check": False}
     command, environment = [sys.executable, *arguments], os.environ | ENVIRONMENT
     return subprocess.run(command, cwd=cwd, env=environment, **options)
 
 
-def run_forked(program: str, *arguments: str, cwd: Path) -> Ended:
+def run_forked(program, *arguments, cwd):
     """Run the text of a program. The process is forked from one that has imported slow modules.
 
     What it prints to either stream is in `stdout`, and in `cwd` / "printed.txt".
@@ -34,13 +30,13 @@ def run_forked(program: str, *arguments: str, cwd: Path) -> Ended:
     process.start()
     process.join()
     printed = (cwd / "printed.txt").read_text()
-    return Ended(arguments, process.exitcode, printed)
+    return subprocess.CompletedProcess(arguments, process.exitcode, printed)
 
 
-def _run(program: str, arguments: tuple[str, ...], cwd: Path) -> None:
+def _run(program, arguments, cwd):
     os.environ.update(ENVIRONMENT)
     os.chdir(cwd)
     sys.argv[1:] = arguments
     speed_up()
-    with open("printed.txt", "w") as file, redirect_stdout(file), redirect_stderr(file):
-        exec(program, {"__name__": "__main__"})
+    sys.stdout = sys.stderr = open("printed.txt", "w")  # noqa: SIM115 (it has a traceback, too)
+    exec(program, {"__name__": "__main__"})

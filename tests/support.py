@@ -1,10 +1,8 @@
 """What several test files need besides fixtures: examples, PyTorch's settings, small strips."""
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
@@ -16,25 +14,25 @@ HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
-def examples(share: float) -> settings:
+def examples(share):
     """The number of a test's examples, relative to the profile's."""
     return settings(max_examples=max(1, round(share * settings.default.max_examples)))
 
 
-def fill_fresh_memory_with_nan() -> None:
+def fill_fresh_memory_with_nan():
     """Fill uninitialised tensors with NaN, so that tests notice elements never written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def forget_warnings() -> None:
+def forget_warnings():
     """As if this process had not warned yet, nor checked the inputs of a first call."""
     usage_warnings._warned.clear()
     inputs._checked.clear()
 
 
 @contextmanager
-def setting(name: str, value: Any) -> Iterator[None]:
+def setting(name, value):
     """Set a setting of PyTorch, such as "float32_matmul_precision", and reset it at the end."""
     before = getattr(torch, f"get_{name}")()
     getattr(torch, f"set_{name}")(value)
@@ -44,7 +42,7 @@ def setting(name: str, value: Any) -> Iterator[None]:
         getattr(torch, f"set_{name}")(before)
 
 
-def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def set_small_blocks(monkeypatch):
     """Let kernels that sum take several blocks."""
     from cyclip_loss.kernels import configs
 
@@ -53,7 +51,7 @@ def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def strips_of(rows: int | None) -> Iterator[None]:
+def strips_of(rows):
     """Strips are `rows` high (one tile in kernels), and blocks are small. None: as shipped.
 
     Forward keeps at most 2^10 exponentials for backward.
@@ -64,7 +62,7 @@ def strips_of(rows: int | None) -> Iterator[None]:
         yield
 
 
-def _set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def _set_strip_rows(monkeypatch, rows):
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)

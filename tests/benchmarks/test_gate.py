@@ -24,7 +24,7 @@ ANOTHER = LOOP.replace("/*1", "/*3").replace("0xf60", "0x3200")
 
 
 @pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
-def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str):
+def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass):
     assert not is_serialised(sass + ANOTHER)
     for serialised in (sass, ANOTHER):
         kernel = (sass + ANOTHER).replace(serialised, serialised.replace("gsb0, 0x1", "gsb0, 0x0"))

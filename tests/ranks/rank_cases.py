@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from accuracy import check, evaluate
 from hypothesis import strategies as st
-from inputs import FOR_KERNELS, INPUTS, Case, Grads, Tensors, cases
-from pool import Ranks, own_device
-from torch import Tensor
+from inputs import FOR_KERNELS, INPUTS, Case, cases
+from pool import own_device
 
 DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
 
@@ -28,7 +26,7 @@ class RankCase(Case):
     uneven: bool = False
     is_compiled: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.n = sum(self.rows_per_rank)
         if not self.uneven:  # each rank has the same number of extra negatives
             self.negatives = tuple(
@@ -37,11 +35,11 @@ class RankCase(Case):
             )
 
     @property
-    def world_size(self) -> int:
+    def world_size(self):
         return len(self.rows_per_rank)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self):
         """Of `evaluate`."""
         options = {"dist_impl": self.dist_impl, "uneven": self.uneven}
         if self.is_compiled:
@@ -49,7 +47,7 @@ class RankCase(Case):
             options["wrap"] = partial(torch.compile, backend=backend, fullgraph=True)
         return options
 
-    def split(self, name: str, tensor: Tensor) -> tuple[Tensor, ...]:
+    def split(self, name, tensor):
         """The rows of each rank."""
         if tensor.ndim == 0:
             return (tensor,) * self.world_size
@@ -59,23 +57,23 @@ class RankCase(Case):
             return tensor.split((*[0] * (self.world_size - 1), len(tensor)))
         return tensor.tensor_split(self.world_size)
 
-    def rank_arguments(self, rank: int) -> Tensors:
+    def rank_arguments(self, rank):
         """A rank's rows of all arguments."""
         given = self.arguments(own_device())
         return {name: self.split(name, x)[rank] for name, x in given.items()}
 
-    def rank_inputs(self, rank: int) -> list[Tensor]:
+    def rank_inputs(self, rank):
         """A rank's images and texts, and the logit scale."""
         given = self.rank_arguments(rank)
         return [given[name] for name in INPUTS]
 
 
-def step(rank: int, world_size: int, case: RankCase) -> tuple[Tensors, Grads]:
+def step(rank, world_size, case):
     """The terms and this rank's gradients; runs on every rank."""
     return evaluate(case, case.rank_arguments(rank), case.impl, **case.options)
 
 
-def check_ranks(case: RankCase, ranks: Ranks) -> None:
+def check_ranks(case, ranks):
     """Assert that each rank has the terms of the whole batch, and W times the gradients.
 
     Of the scalars' gradients only the average over ranks is compared, and of a loss made from
@@ -103,10 +101,10 @@ def check_ranks(case: RankCase, ranks: Ranks) -> None:
     check(case, case.arguments("cpu"), terms, grads, case.impl)
 
 
-def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:
+def rank_cases(world_size, impl):
     """Draws any step. If it is uneven, ranks may have different numbers of rows, or none."""
 
-    def steps(uneven: bool, most: int) -> st.SearchStrategy[RankCase]:
+    def steps(uneven, most):
         given = {} if impl == "eager" else dict(FOR_KERNELS)
         rows = st.integers(1, most).map(lambda n: (n,) * world_size)
         if uneven:

@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -19,7 +18,7 @@ TEN_CLASSES = "\n".join("abcdefghij")
 Samples = list[dict[str, bytes]]
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder):
     """logs/NAME of a tiny random model, as OpenCLIP's trainer leaves it under DDP."""
     for name, quick in (("evaluate-tiny", False), ("evaluate-tiny-quickgelu", True)):
         (folder / f"{name}.json").write_text(json.dumps({**TINY, "quick_gelu": quick}))
@@ -34,7 +33,7 @@ def write_run(folder: Path) -> Path:
     return run
 
 
-def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+def write_tar(path, files, mode="w"):
     with tarfile.open(path, mode) as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
@@ -43,7 +42,7 @@ def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def picture(number: int) -> bytes:
+def picture(number):
     """A PNG of noise."""
     rng, buffer = np.random.default_rng(number), io.BytesIO()
     noise = rng.integers(rng.integers(250), 256, (24, 20, 3), np.uint8)
@@ -51,18 +50,18 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def labelled(count: int, classes: int) -> Samples:
+def labelled(count, classes):
     """Samples of a picture and a label."""
     return [{"png": picture(i), "cls": str(3 * i % classes).encode()} for i in range(count)]
 
 
-def write_samples(path: Path, samples: Samples) -> None:
+def write_samples(path, samples):
     """A tar file of samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tar(path, {f"{path.stem}s{i:04}.{e}": s[e] for i, s in enumerate(samples) for e in s})
 
 
-def make_shards(folder: Path) -> Path:
+def make_shards(folder):
     """Shards of 8 pairs: a picture of noise, and a caption with its number."""
     names = [*(f"train-{number:05d}.tar" for number in range(4)), "val-00000.tar"]
     for name in names:
@@ -72,7 +71,7 @@ def make_shards(folder: Path) -> Path:
     return folder
 
 
-def break_picture(shard: Path) -> None:
+def break_picture(shard):
     """Overwrites the header of a shard's first picture."""
     content = bytearray(shard.read_bytes())
     start = content.index(b"PNG")
@@ -80,7 +79,7 @@ def break_picture(shard: Path) -> None:
     shard.write_bytes(content)
 
 
-def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
+def write_set(folder, splits, **texts):
     """A data set in clip-benchmark's layout, with two shards per split. texts: its text files."""
     for split, samples in splits.items():
         half = len(samples) // 2
@@ -91,7 +90,7 @@ def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
         (folder / f"{name}.txt").write_text(text)
 
 
-def write_image_folder(folder: Path, classes: list[str]) -> None:
+def write_image_folder(folder, classes):
     """A folder for each class, with one picture in it."""
     for name in classes:
         (folder / name).mkdir(parents=True)

@@ -7,9 +7,6 @@ import json
 import logging
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from miniature import TINY, make_shards
@@ -20,19 +17,19 @@ from reference_train.pretrain import pretrain as command
 
 
 @pytest.fixture
-def data(tmp_path) -> Path:
+def data(tmp_path):
     """A folder of four shards to train on and one held-out shard, 8 pairs in each."""
     return make_shards(tmp_path / "data")
 
 
 @pytest.fixture
-def dry_run(data, tmp_path, capsys, monkeypatch) -> Callable[..., Namespace | None]:
+def dry_run(data, tmp_path, capsys, monkeypatch):
     """The arguments, as OpenCLIP and the launcher parse the command of `pretrain --dry-run`.
 
     None if it prints no command.
     """
 
-    def run(flags: str = "", batch: str = "--batch-size 8") -> Namespace | None:
+    def run(flags="", batch="--batch-size 8"):
         monkeypatch.chdir(tmp_path)  # the runs' folder is ./logs
         words = f"--preset modern --data {data} {batch} --dry-run {flags}"
         command.main(words.split())
@@ -49,16 +46,14 @@ def dry_run(data, tmp_path, capsys, monkeypatch) -> Callable[..., Namespace | No
 
 
 @pytest.fixture
-def words(data, tmp_path) -> Callable[..., list[str]]:
+def words(data, tmp_path):
     """The arguments of `pretrain` that train `tmp_path` / "run", a tiny model, for an epoch.
 
     flags: OpenCLIP's flags. ours: the flags of `pretrain`. pairs: in an epoch.
     """
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
 
-    def given(
-        flags: str = "", ours: str = "", data: Path | str = data, batch: int = 8, pairs: int = 16
-    ) -> list[str]:
+    def given(flags="", ours="", data=data, batch=8, pairs=16):
         text = f"""
             --preset icons --batch-size {batch} --data {data} --out {tmp_path} --name run {ours}
             --model-config {tmp_path}/tiny.json -- --model tiny --train-num-samples {pairs}
@@ -70,10 +65,10 @@ def words(data, tmp_path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def pretrain(words) -> Callable[..., None]:
+def pretrain(words):
     """Trains with the arguments of `words`, and undoes what that changes in this process."""
 
-    def run(*given: Any, **options: Any) -> None:
+    def run(*given, **options):
         with pytest.MonkeyPatch.context() as patch:
             for module in (command.trainer, patches.train):
                 for name, value in list(vars(module).items()):

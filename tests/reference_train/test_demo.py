@@ -6,8 +6,6 @@ import signal
 from argparse import Namespace
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
@@ -59,12 +57,12 @@ def emoji():
         yield emoji
 
 
-def demonstrate(arguments: str) -> None:
+def demonstrate(arguments):
     cli.main(shlex.split(arguments))
 
 
 @pytest.fixture(scope="module")
-def finished(emoji, tmp_path_factory) -> Path:
+def finished(emoji, tmp_path_factory):
     """CLIP with two seeds, CyCLIP and SigLIP with one."""
     out = tmp_path_factory.mktemp("finished") / "new" / "out"
     demonstrate(f"--loss clip --seeds 2 --out {out}")
@@ -95,7 +93,7 @@ def test_siglip_trains_with_a_bias_and_the_flags_are_in_the_runs_name(emoji, tmp
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str):
+def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss):
     """The model's features are those of all first views, and then those of all second views."""
     # Pairs that are alike have a low CLIP loss, so its progress is not 0.
     about, pairs = LOSSES[loss], torch.randn(18, 5) + 0.2 * torch.randn(2, 18, 5)
@@ -127,7 +125,7 @@ def test_a_loss_has_the_terms_of_its_name_and_compares_the_right_views(loss: str
     ],
 )
 def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_says(
-    emoji, name: str, styles: tuple[str, ...]
+    emoji, name, styles
 ):
     data, held_out = demonstration.open_dataset(emoji, name), name.startswith("new concepts")
     names = data.classes[""]
@@ -151,7 +149,7 @@ def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
     """It is interrupted in the second run. The same seeds give the same bits again."""
     augmented = []
 
-    def augment_and_press_ctrl_c(*arguments: Any) -> torch.Tensor:
+    def augment_and_press_ctrl_c(*arguments):
         augmented.append(True)
         if len(augmented) == 5 + 3:
             signal.raise_signal(signal.SIGINT)

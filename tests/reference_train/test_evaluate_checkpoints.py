@@ -22,7 +22,7 @@ QUICK = "evaluate-tiny-quickgelu"
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
+def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
 
 
@@ -63,7 +63,7 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
     assert (clip.model.logit_bias.item(), clip.tokenizer(["a"]).shape) == (-10, (1, 9))
 
 
-def save(path: Path) -> Path:
+def save(path):
     """A checkpoint of a training on two GPUs, with a NumPy number as learning rate."""
     model = open_clip.create_model(QUICK, load_weights=False)
     optimizer = torch.optim.AdamW(model.parameters(), np.float64(5e-4) * (1 + np.cos(0.5)) / 2)
@@ -74,7 +74,7 @@ def save(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def released(run_folder, tmp_path_factory) -> Path:
+def released(run_folder, tmp_path_factory):
     """cyclip.pt/best.pt of the authors."""
     return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt")
 
@@ -116,7 +116,7 @@ NEW, OLD = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscala
     ],
 )
 def test_checkpoints_may_hold_scalars_of_old_and_new_numpy_and_no_other_objects(
-    constructor: bytes, loads: bool, released, tmp_path
+    constructor, loads, released, tmp_path
 ):
     """NumPy 1 called the constructor numpy.core.multiarray.scalar."""
     file = tmp_path / "changed.pt"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from miniature import (
     TEN_CLASSES,
-    Samples,
     labelled,
     picture,
     write_image_folder,
@@ -31,7 +30,7 @@ from reference_train.evaluate.records import read_evaluation
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
+def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
 
 
@@ -45,12 +44,12 @@ def make_emoji(darkest: int = 0) -> Dataset:
 
 
 @pytest.fixture(autouse=True)
-def small_emoji(monkeypatch) -> None:
+def small_emoji(monkeypatch):
     """The emoji that ship would take too long here."""
     monkeypatch.setattr(command, "open_emoji", make_emoji)
 
 
-def evaluate(out: Path, arguments: str) -> dict[str, Any]:
+def evaluate(out, arguments):
     command.main(f"{arguments} --device cpu --workers 0 --out {out}".split())
     return read_evaluation(out)
 
@@ -149,7 +148,7 @@ def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def bad_files(run_folder, tmp_path_factory) -> Path:
+def bad_files(run_folder, tmp_path_factory):
     """A folder of files that are no checkpoints: code, NaN, and a run of a model on a hub."""
     folder = tmp_path_factory.mktemp("bad")
     state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
@@ -180,14 +179,14 @@ def bad_files(run_folder, tmp_path_factory) -> Path:
     ],
 )
 def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(
-    arguments: str, message: str, run_folder, bad_files, tmp_path
+    arguments, message, run_folder, bad_files, tmp_path
 ):
     with pytest.raises(UsageError, match=message):
         evaluate(tmp_path / "out", arguments.format(run=run_folder, bad=bad_files))
     assert not list(tmp_path.glob("out/[!.]*"))
 
 
-def two_pairs() -> Samples:
+def two_pairs():
     return [{"png": picture(i), "txt": b"%d" % i} for i in (1, 2)]
 
 
@@ -204,7 +203,7 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     for name in ("flickr8k", "x"):
         write_set(tmp_path / f"wds_{name}", {"test": two_pairs()})
 
-    def measure_or_fail(_: Any, data: Dataset, *__: Any, **___: Any) -> dict[str, Any]:
+    def measure_or_fail(_, data, *__, **___):
         measured.append(len(data.images))
         if error := next(outcomes, None):
             raise error

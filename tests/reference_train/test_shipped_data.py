@@ -52,7 +52,7 @@ KNOWN = {"cyclip": 9.569, "cyclip-views": 8.552}
 
 @pytest.mark.parametrize("loss", KNOWN)
 def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
-    loss: str, shipped, tmp_path, monkeypatch
+    loss, shipped, tmp_path, monkeypatch
 ):
     """They change with the data, the augmentation, the model, the optimiser and its schedule."""
     monkeypatch.setattr(train, "track", lambda *_: range(5))  # the schedule is that of 620 steps

@@ -5,7 +5,7 @@ from functools import lru_cache
 import open_clip
 import torch
 from pages import run
-from torch import Tensor, nn
+from torch import nn
 
 from cyclip_loss import CyCLIPLoss
 from reference_train.data.emoji import EMOJI_FOLDER
@@ -17,7 +17,7 @@ LARGE_BATCH = "cached_backward"
 
 
 @lru_cache
-def captions() -> list[tuple[Tensor, str, str]]:
+def captions():
     """32 emoji: (image (3, 32, 32), name, its first keyword)."""
     samples = read_samples([str(EMOJI_FOLDER / "noto.tar.xz")])
     found = []
@@ -28,22 +28,22 @@ def captions() -> list[tuple[Tensor, str, str]]:
 
 
 @lru_cache
-def tokenizer() -> open_clip.SimpleTokenizer:
+def tokenizer():
     return open_clip.SimpleTokenizer(context_length=12)
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch():
     """Images (32, 3, 32, 32) and tokens (32, 12)."""
     images, names, _ = zip(*captions(), strict=True)
     return torch.stack(images) / 255, tokenizer()(list(names))
 
 
-def tiny_clip() -> nn.Module:
+def tiny_clip():
     torch.manual_seed(0)
     return open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
 
 
-def tiny_coca() -> nn.Module:
+def tiny_coca():
     pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
     return open_clip.CoCa(
         embed_dim=32,
@@ -53,7 +53,7 @@ def tiny_coca() -> nn.Module:
     )
 
 
-def scale_gradient_on_rank(rank: int, world_size: int) -> Tensor:
+def scale_gradient_on_rank(rank, world_size):
     """The gradient of a logit scale outside of the DDP model, averaged over the ranks."""
     images, tokens = batch()
     images, tokens = images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
@@ -63,7 +63,7 @@ def scale_gradient_on_rank(rank: int, world_size: int) -> Tensor:
     return run("A logit scale outside of DDP", **names)["log_scale"].grad
 
 
-def tiny_hugging_face(family: str = "CLIP") -> nn.Module:
+def tiny_hugging_face(family="CLIP"):
     """family: "CLIP" or "Siglip"."""
     import transformers
 
