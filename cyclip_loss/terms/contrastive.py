@@ -63,7 +63,7 @@ class PairLse(NamedTuple):
 
     negatives_lse: Tensor  # (2, n), of rows and columns; (1, n) if only rows have log-sum-exps
     pair_logits: Tensor  # (n,)
-    # With `Batch.positives`: the sum over rows of the mean logit of all positives - the pair's.
+    # With `Logits.positives`: the sum over rows of the mean logit of all positives - the pair's.
     other_positives: Tensor | None = None
 
 
