@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of one strip. On a CPU, 2^18 float32 are 1 MB, which stays in a core's cache between the
-# steps that exponentials take. Other devices need 2^26 elements to be busy.
+# Elements of one strip. On a CPU, 2^20 float32 are 4 MB: with fewer, the products of a strip have
+# too few rows for two threads. Other devices need 2^26 elements to be busy.
 STRIP_ELEMENTS = {"cpu": 2**20}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # With fewer rows a matrix product is not efficient, however wide the strip. Up to 256 rows may take

@@ -5,8 +5,8 @@ here if the penalties or the log-sum-exps have it too. It needs a paragraph in t
 `CyCLIPLoss`. Its tests: a field of `Case` in `tests/inputs.py`, with its formula in
 `tests/accuracy.py`; bad values in `tests/loss/test_errors.py`; and a row of `DIFFERING` in
 `tests/ranks/test_ranks_agreement.py`. Ranks compare all options in the first call with a signature.
-An option that decides which collectives run belongs in the signature of `inputs.agree`: then ranks
-compare again when it changes.
+An option that decides which collectives run belongs in the signature of `inputs._agreed_ranks`:
+then ranks compare again when it changes.
 """
 
 from collections.abc import Callable

@@ -62,8 +62,8 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
     kept_exponentials = -1
     # On other devices the host would wait to see whether the shared exponentials are exact.
-    if is_eager and features.is_cpu and strategy == "gather":
-        inputs = (features, batch.text_features, *[x.logit_scale for x in logits[:1]])
+    if contrastive == "streamed" and is_eager and features.is_cpu and strategy == "gather":
+        inputs = (features, batch.text_features, logits[0].logit_scale)
         is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         kept_exponentials = KEPT_EXPONENTIALS if is_trained else 0
     plan = Plan(

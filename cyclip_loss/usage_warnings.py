@@ -59,7 +59,7 @@ def warn_of_penalties(options: Any, num_pairs: int) -> None:
     largest = max(options.lambda_inmodal, options.lambda_crossmodal)
     reference = options.reference_batch_size
     times = largest * (reference or num_pairs) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
-    if hasattr(options, "elementwise"):
+    if hasattr(type(options), "elementwise"):
         if times >= 1:
             warn_once(
                 "strong SigLIP penalties",

@@ -24,9 +24,6 @@ from cyclip_loss.usage_warnings import warn_once
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-# In how many parts a tile is computed in a call with ids.
-_PARTS_WITH_IDS = {1: 1, 2: 4, 4: 4}
-
 # How features are multiplied: 16-bit ones; float32 in tf32, and in full.
 HALF, TF32, IEEE = "half", "tf32", "ieee"
 
@@ -72,7 +69,7 @@ class Config:
 
         A tile in one part stays whole.
         """
-        return replace(self, tile={**self.tile, "PARTS": _PARTS_WITH_IDS[self.tile["PARTS"]]})
+        return replace(self, tile={**self.tile, "PARTS": 4}) if self.tile["PARTS"] > 1 else self
 
 
 _Tables = dict[str, dict[str, Config]]  # by kernel and precision

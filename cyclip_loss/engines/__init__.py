@@ -97,7 +97,7 @@ def verified(name: str, features: Tensor) -> VerifiedKernels:
 
 @lru_cache
 def _verified(name: str, device: torch.device, dtype: torch.dtype, _: bool) -> VerifiedKernels:
-    return VerifiedKernels(import_module(MODULES[name]), eager, device, dtype)
+    return VerifiedKernels(import_module(MODULES[name]), device, dtype)
 
 
 def _why_not_triton(features: Tensor, asked: str) -> str:

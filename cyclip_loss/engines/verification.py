@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from cyclip_loss.engines import eager
 from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
 from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
 from cyclip_loss.usage_warnings import warn_once
@@ -44,13 +45,12 @@ class VerifiedKernels:
 
     Args:
         kernels: an engine's module, such as `cyclip_loss.kernels`, which also has `platform_of`.
-        eager: the engine that the kernels are compared with, and that replaces them.
         device, dtype: of the features. One wrong layout switches the kernels off for all such
             features.
     """
 
-    def __init__(self, kernels: Any, eager: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.kernels, self.eager, self.device, self.dtype = kernels, eager, device, dtype
+    def __init__(self, kernels: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.kernels, self.device, self.dtype = kernels, device, dtype
         self.agreed: set[Any] = set()
         self.problem: str | None = None
         # Several tiles in each direction, and no multiple of one. Those on a CPU, where Triton
@@ -70,7 +70,7 @@ class VerifiedKernels:
                 or is_capturing(tree_leaves(arguments)[0])
                 or self._agrees(layout, arguments)
             )
-        return getattr(self.kernels if trusted else self.eager, function)(*arguments)
+        return getattr(self.kernels if trusted else eager, function)(*arguments)
 
     def _agrees(self, layout: Any, arguments: Any) -> bool:
         """Compare a layout, and remember the outcome."""
@@ -112,7 +112,7 @@ class VerifiedKernels:
         # Products would raise in this mode, unless an environment variable is set.
         torch.set_deterministic_debug_mode("default")
         try:
-            with warnings.catch_warnings(), torch.no_grad():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they may be errors
                 batch = self.small_batch(function, arguments)
                 self._check(function, batch)
@@ -130,7 +130,7 @@ class VerifiedKernels:
         """Raise an error if a result is off by more than `bound` of its largest element."""
         exact = self.dtype == torch.float32 and float32_is_exact()
         bound = 2.0**-14 if exact else 2.0**-6
-        expected = _tensors(getattr(self.eager, function)(*tree_map_only(Tensor, _widened, batch)))
+        expected = _tensors(getattr(eager, function)(*tree_map_only(Tensor, _widened, batch)))
         results = _tensors(getattr(self.kernels, function)(*batch))
         for result, right in zip(results, expected, strict=True):
             largest = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
@@ -140,11 +140,11 @@ class VerifiedKernels:
 
     def small_batch(self, function: str, arguments: Any) -> list[Any]:
         """Arguments of the same layout, with values of our own."""
-        names = signature(getattr(self.eager, function)).parameters
+        names = signature(getattr(eager, function)).parameters
         batch = list(map(self._like, names, arguments))
         if function == "contrastive_grads":  # about what a loss gives for these logits
             logits = tree_map_only(Tensor, _widened, batch[0])
-            lse = self.eager.contrastive_lse(logits)
+            lse = eager.contrastive_lse(logits)
             row_lse = torch.logaddexp(lse.of_rows, lse.pair_logits)
             pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
             unit = torch.full_like(logits.logit_scale, -1.5)

@@ -72,20 +72,16 @@ def _ring_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> 
         pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
         return part.of_columns
 
-    initial = None
-    if logits.symmetric:
-        max_columns = ranks.max_rows(logits.column_features.shape[0])
-        initial = row_lse.new_full((max_columns,), -torch.inf)
+    max_columns = ranks.max_rows(logits.column_features.shape[0]) if logits.symmetric else 0
     column_lse = _ring(
         logits,
         None,
-        initial,
+        row_lse.new_full((max_columns,), -torch.inf),
         column_part,
         lambda total, part: torch.logaddexp(total, part, out=total),
         ranks,
     )
-    both = row_lse if column_lse is None else torch.cat((row_lse, column_lse))
-    return BlockLse(both.to(scale.dtype), pair_logits)
+    return BlockLse(torch.cat((row_lse, column_lse)).to(scale.dtype), pair_logits)
 
 
 def _ring_gradients(
@@ -104,33 +100,33 @@ def _ring_gradients(
         return columns
 
     num_columns, d = logits.column_features.shape
-    initial = new.new_zeros(ranks.max_rows(num_columns), d) if needs_columns else None
+    initial = new.new_zeros((ranks.max_rows(num_columns), d) if needs_columns else (0,))
     column_lse = saved.column_lse if logits.symmetric else None
     column_grad = _ring(logits, column_lse, initial, column_part, Tensor.add_, ranks)
-    return Gradients(row_grad, new.new_empty(0) if column_grad is None else column_grad, scale_grad)
+    return Gradients(row_grad, column_grad, scale_grad)
 
 
 def _ring(
     logits: Logits,
     column_lse: Tensor | None,
-    total: Tensor | None,
+    total: Tensor,
     column_part: Callable[[Logits, Tensor | None], Tensor],
     combine: Callable[[Tensor, Tensor], Any],
     ranks: Ranks,
-) -> Tensor | None:
+) -> Tensor:
     """Send columns around the ring; return the total over ranks for this rank's columns.
 
     column_lse: log-sum-exps that travel with the columns, or None. total: the initial value of the
-    total, padded, or None if none is wanted. `column_part(block, column_lse)` returns this rank's
+    total, padded; empty if none is wanted. `column_part(block, column_lse)` returns this rank's
     part for the columns that are here, which `combine` adds to their total in place.
     """
-    num_columns = logits.column_features.shape[0]
+    num_columns, is_summed = logits.column_features.shape[0], total.numel() > 0
     first_column = ranks.first_row(ranks.rank, num_columns)
     blocks = [padded(x, ranks) for x in (logits.column_features, column_lse) if x is not None]
     for step in range(ranks.size):
         is_last = step + 1 == ranks.size
         sent = [] if is_last else list(blocks)
-        if total is not None and step > 0:
+        if is_summed and step > 0:
             sent.append(total)
         finish = start_hop(sent, ranks)
         owner = (ranks.rank - step) % ranks.size
@@ -145,15 +141,15 @@ def _ring(
             )
             part = column_part(block, lse[0] if lse else None)
         received = finish()
-        if total is not None and step > 0:
+        if is_summed and step > 0:
             total = received.pop()
-        if total is not None and part is not None:
+        if part is not None:
             combine(total[:count], part)
         if not is_last:
             blocks = received
         # Free these, each as large as a block, before the next step allocates its own.
         del part, received, finish, sent
-    return None if total is None else start_hop([total], ranks)()[0][:num_columns]
+    return start_hop([total], ranks)()[0][:num_columns] if is_summed else total
 
 
 STRATEGIES = {

@@ -63,7 +63,7 @@ class PairLse(NamedTuple):
 
     negatives_lse: Tensor  # (2, n), of rows and columns; (1, n) if only rows have log-sum-exps
     pair_logits: Tensor  # (n,)
-    # With `Batch.positives`: the sum over rows of the mean logit of all positives - the pair's.
+    # With `Logits.positives`: the sum over rows of the mean logit of all positives - the pair's.
     other_positives: Tensor | None = None
 
 
@@ -75,10 +75,7 @@ def start(batch: Batch, plan: Plan) -> list[Gathered]:
         if STRATEGIES[plan.strategy].gathers_columns:
             features = collectives.start_gather(logits.column_features, ranks)
         if logits.column_ids is not None:
-            if started and logits.partner_offset == 0:  # the ids of views are those of the pairs
-                ids = started[0].ids
-            else:
-                ids = collectives.start_gather(logits.column_ids, ranks)
+            ids = collectives.start_gather(logits.column_ids, ranks)
         started.append(Gathered(features, ids))
     return started
 

@@ -119,7 +119,7 @@ def _weights(features: Tensor, options: PenaltyOptions, num_pairs: Any) -> tuple
 
 
 class _GramMatrices(torch.autograd.Function):
-    """The Gram matrices of the global batch, from `start_grams`, as functions of the features.
+    """The Gram matrices of the global batch, from `start`, as functions of the features.
 
     image_features, text_features: (n, D); num_ranks: how many share the batch.
     """

@@ -252,7 +252,7 @@ def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch):
 
 
 def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch):
-    verified = VerifiedKernels(kernels, eager, torch.device("cuda:0"), torch.float32)
+    verified = VerifiedKernels(kernels, torch.device("cuda:0"), torch.float32)
     monkeypatch.setattr(VerifiedKernels, "compare", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
