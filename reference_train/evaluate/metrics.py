@@ -64,9 +64,10 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
     encoded, probe = encode(clip, data), Numbers()
     if data.train is not None:
         probe = use_train_split(clip, encoded, linear_probe and not data.groups)
+    styles = data.groups or []
     groups = {
-        group: numbers(encoded, torch.tensor([x == group for x in data.groups]).nonzero()[:, 0])
-        for group in dict.fromkeys(data.groups or ())
+        style: numbers(encoded, torch.tensor([x == style for x in styles]).nonzero()[:, 0])
+        for style in dict.fromkeys(styles)
     }
     if groups:  # the mean of each metric that all groups have
         overall = pd.DataFrame(groups).T.dropna(axis="columns").mean().to_dict()

@@ -170,12 +170,12 @@ def digits(share: float) -> int:
 
 def cell(name: str, values: Sequence[float], data: dict[str, Any]) -> str:
     """A cell of the table: the mean of a number of several runs, and its bounds in brackets."""
-    bounded = mean(values), min(values), max(values)
+    centre, bounds = mean(values), (min(values), max(values))
     if len(values) == 1 and (kind := metric(name).kind):
-        bounded = (*values, *wilson(*values, num_queries(data, kind)))
+        bounds = wilson(centre, num_queries(data, kind))
     plain = name.endswith(PLAIN_ENDINGS)
-    scale, decimals = (1, 2) if plain else (100, digits(bounded[0]))
-    value, low, high = (f"{scale * x:.{decimals}f}" for x in bounded)
+    scale, decimals = (1, 2) if plain else (100, digits(centre))
+    value, low, high = (f"{scale * x:.{decimals}f}" for x in (centre, *bounds))
     return value if low == high else f"{value} ({low} to {high})"
 
 
