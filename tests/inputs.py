@@ -1,7 +1,6 @@
 """Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +78,7 @@ class Case:
     seed: int = 0
     reason: str = ""  # what is hard about it: the test's id
 
-    def arguments(self, device: Device) -> Tensors:
+    def arguments(self, device):
         """Features, logit scale, bias and ids, by the names of the function's arguments."""
         options = {"norm": self.norm, "device": device}
         found = pairs(self.n, self.d, self.distance, self.anti_aligned, seed=self.seed, **options)
@@ -110,16 +109,16 @@ class Case:
                     given[name.replace("features", "ids")] = ids.to(device)
         return given
 
-    def inputs(self, device: Device) -> list[Tensor]:
+    def inputs(self, device):
         """Image and text features, and the logit scale."""
         given = self.arguments(device)
         return [given[name] for name in INPUTS]
 
-    def leaves(self, device: Device) -> list[Tensor]:
+    def leaves(self, device):
         """The tensors of `inputs`, as leaves that require gradients."""
         return [tensor.requires_grad_() for tensor in self.inputs(device)]
 
-    def ids(self, count: int, seed: int = 0) -> Tensor:
+    def ids(self, count, seed=0):
         """(count,). On the CPU they are 16 bytes apart, 8 bytes after an aligned address."""
         size, generator = (2 * count + 1,), torch.Generator("cpu").manual_seed(self.seed + seed)
         drawn = torch.randint(0, self.distinct_ids or 1, size, generator=generator, device="cpu")
@@ -127,23 +126,23 @@ class Case:
         return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1::2]
 
     @property
-    def id_options(self) -> dict[str, Any]:
+    def id_options(self):
         """The option `same_ids`, which is "ignored" if there are no ids."""
         has_positives = self.distinct_ids is not None and self.function in ("cyclip", "siglip")
         return {"same_ids": self.same_ids if has_positives else "ignored"}
 
     @property
-    def has_progress(self) -> bool:
+    def has_progress(self):
         """Whether the progress of CLIP's loss multiplies the penalties."""
         return self.lambda_progress and self.function == "cyclip"
 
     @property
-    def world_size(self) -> int:
+    def world_size(self):
         """W, the number of ranks. Gradients are W times as large, because DDP averages them."""
         return 1
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self):
         """W times the factor of each term in the sum whose backward runs."""
         upstream = self.upstream if self.output_dict else self.upstream[:1] * 3
         weights = dict(zip(TERMS, (self.world_size * x for x in upstream), strict=True))
@@ -154,17 +153,17 @@ class Case:
         return weights
 
 
-def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+def loss_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def exact_on_host(tensor: Tensor) -> Tensor:
+def exact_on_host(tensor):
     """The same numbers, in float64 or integers, on the CPU, where exact results are computed."""
     wide = torch.float64 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", wide)
 
 
-def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device: Device):
+def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device):
     """Random image and text features, (n, d) each, in float64, with rows of the given norm."""
     values = normal(2, n, d, seed=seed, device="cpu")
     image, text = F.normalize(values, dim=2)
@@ -173,13 +172,13 @@ def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device: 
     return (norm * image).to(device), (norm * (-text if anti_aligned else text)).to(device)
 
 
-def normal(*shape: int, seed: int = 0, device: Device) -> Tensor:
+def normal(*shape, seed=0, device):
     """Normally distributed numbers in float64."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
-def lay_out(values: Tensor, layout: str) -> Tensor:
+def lay_out(values, layout):
     """The same values in another memory layout, with NaN in the gaps.
 
     The layout "expanded" repeats the first row instead.
@@ -201,7 +200,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return memory.as_strided((n, d), (row, column), offset).copy_(values)
 
 
-def counts(*values: int) -> st.SearchStrategy[Any]:
+def counts(*values):
     """Draws `Case.negatives`."""
     return st.tuples(*[st.sampled_from([None, None, *values])] * 2)
 
@@ -257,6 +256,6 @@ FOR_KERNELS = {
 }
 
 
-def cases(kind: type = Case, **given: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def cases(kind=Case, **given):
     """Draws any input of the loss. `given` replaces some of the strategies."""
     return st.builds(kind, **(STRATEGIES | given))
