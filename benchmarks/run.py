@@ -44,6 +44,7 @@ OK = "ok"
 SUMMARY = {  # a column of the rows, and the title of its table
     "ms": "Forward and backward, ms",
     "peak MB": "Peak memory, MB",
+    "pairs/s": "Pairs per second",
     "share of a step": "Share of a step",
     "gradient": "Relative error of the gradient",
 }

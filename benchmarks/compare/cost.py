@@ -32,8 +32,10 @@ def add_costs(
         try:
             rows = measure_in_turn(run, [c for c in losses if n <= c.up_to], n, d, dtype, plan)
             for row in rows:
-                if step_rate and "ms" in row:
-                    row["share of a step"] = step_rate * row["ms"] * ranks.size() / (1e3 * n)
+                if "ms" in row:
+                    row["pairs/s"] = 1e3 * n / row["ms"]
+                    if step_rate:
+                        row["share of a step"] = step_rate * ranks.size() / row["pairs/s"]
         except Exception as error:  # go on with the other sizes
             run.fail(f"{name}: {describe(error)}")
 
