@@ -51,7 +51,7 @@ SUMMARY = {  # a column of the rows, and the title of its table
 # Parts of errors that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate when
 # PyTorch's allocator has all memory of the GPU.
 OUT_OF_MEMORY = (
-    "can't allocate memory|not enough memory|std::bad_alloc|out of memory|alloc_failed|MemoryError"
+    "t allocate memory|not enough memory|std::bad_alloc|out of memory|alloc_failed|MemoryError"
 )
 
 

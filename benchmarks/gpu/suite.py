@@ -23,7 +23,8 @@ DRY_RUN_TESTS = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0))
 # Several processes share the GPU, because the oracle takes most of the time, in float64 on the CPU.
 PROCESSES = max(1, min(8, CORES // 2))
-NO_TESTS, TIME_OVER = 5, 124  # the exit codes of pytest and `timeout`
+# The exit codes of pytest and `timeout`; 137: pytest did not end in `GRACE_SECONDS`.
+NO_TESTS, TIME_OVER = 5, (124, 137)
 GRACE_SECONDS = 30  # for pytest to report when it is interrupted
 
 
@@ -42,16 +43,20 @@ def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
     limit = ["timeout", "--foreground", "--signal=INT", f"--kill-after={GRACE_SECONDS}"]
     command = [*limit, str(max(1.0, run.remaining())), *command]
     with tempfile.TemporaryFile("w+") as output:  # a pipe would wait for workers that hang
-        code = subprocess.run(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        ).returncode
+        )
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # `timeout` passes it on; nothing happens if it has ended
         output.seek(0)
         text = output.read()
-    if code == TIME_OVER:
+    if code in TIME_OVER:
         run.note("interrupted: the time was over")
     *lines, last = text.splitlines() or [""]
     # When the time was over, only the output tells whether tests had failed.
-    is_bad = code not in (0, NO_TESTS, TIME_OVER)
+    is_bad = code not in (0, NO_TESTS, *TIME_OVER)
     if is_bad or "= FAILURES =" in text or "= ERRORS =" in text:
         run.fail(f"pytest failed: {last}\n{text}")
     for line in (*(x for x in lines if x.startswith("SKIPPED")), last):

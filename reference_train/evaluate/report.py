@@ -1,6 +1,6 @@
 """The table of an evaluation: which numbers it shows, and how it reads.
 
-`python -m reference_train report FOLDER ...` makes it again, or one table of several folders.
+`python -m reference_train report FOLDER ...` makes it again, in each folder.
 """
 
 import math
