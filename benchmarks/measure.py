@@ -88,7 +88,7 @@ def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    return max(0, *accumulate(cpu_allocations(work)))
+    return max(accumulate(cpu_allocations(work), initial=0))
 
 
 def cpu_allocations(work: Callable[[], object]) -> list[int]:
