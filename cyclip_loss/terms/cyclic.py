@@ -177,7 +177,9 @@ class _Products(torch.autograd.Function):
         total = torch.dot(a.view(-1), grads[0].view(-1))
         if c:
             total = total + torch.dot(c[0].view(-1), grads[2].view(-1)) / 2
-            total.clamp_(min=0)  # rounding must not make it negative; NaN stays
+            # Rounding must not make it negative; NaN stays. Not in place: under torch.compile,
+            # PyTorch 2.11 would lose the gradient.
+            total = total.clamp(min=0)
         return total
 
     @staticmethod

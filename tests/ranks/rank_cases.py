@@ -43,8 +43,8 @@ class RankCase(Case):
         """Of `evaluate`."""
         options = {"dist_impl": self.dist_impl, "uneven": self.uneven}
         if self.is_compiled:
-            backend = "aot_eager" if self.dist_impl == "gather" else "eager"
-            options["wrap"] = partial(torch.compile, backend=backend, fullgraph=True)
+            # With the backend "eager", PyTorch 2.11 loses gradients across ranks.
+            options["wrap"] = partial(torch.compile, backend="aot_eager", fullgraph=True)
         return options
 
     def split(self, name, tensor):

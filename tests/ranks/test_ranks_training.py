@@ -76,7 +76,7 @@ def rank_graphs(rank, world_size, steps, dist_impl, uneven):
     given = [
         (lambdas, RankCase(rows_per_rank=x, distance=1.0).rank_inputs(rank)) for x, lambdas in steps
     ]
-    return graphs(loss, given, fullgraph=not uneven)
+    return graphs(loss, given, "aot_eager", fullgraph=not uneven)
 
 
 @pytest.mark.parametrize(
