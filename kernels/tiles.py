@@ -151,11 +151,10 @@ def tile_product(
 ):
     """The (row, column) of this program's tile, and the parts of the tile (BM, BN) of a b^T.
 
-    float32.
-
-    Past the end of a or b its last row is read again; the caller masks these values. For tf32 the
-    operands are rounded before the launch (`operand`): rounded here, in registers, they
-    would go back to shared memory, and each wgmma would wait for that.
+    The parts are float32, from left to right. Past the end of a or b its last row is read again;
+    the caller masks these values. For tf32 the operands are rounded before the launch (`operand`):
+    rounded here, in registers, they would go back to shared memory, and each wgmma would wait for
+    that.
     """
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN))
     row = tl.minimum(row_tile * BM + tl.arange(0, BM), n - 1)
