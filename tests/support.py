@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 from cyclip_loss import inputs, numerics, plan, usage_warnings
+from cyclip_loss.engines import eager
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -68,6 +69,7 @@ def _set_strip_rows(monkeypatch, rows):
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     monkeypatch.setattr(numerics, "FULL_SPEED_ELEMENTS", 1)
     monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", 2**10)
+    monkeypatch.setattr(eager, "GRAM_ROWS", rows)
     if HAS_TRITON:
         set_small_blocks(monkeypatch)
         # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.
