@@ -229,17 +229,20 @@ def format_number(value: Any) -> str:
 
 def append(file: Path, run: Run, name: str, found_versions: dict[str, str]) -> None:
     """Append a section's rows of losses to a CSV file. Rows that are there are never changed."""
-    common = {"date": run.date.isoformat(timespec="seconds"), "section": name}
-    common |= {"device": device_name(run.device), **found_versions}
+    common = {
+        "date": run.date.isoformat(timespec="seconds"),
+        "section": name,
+        "device": device_name(run.device),
+        **found_versions,
+    }
     is_new = not file.exists()
-    rows = [common | row for row in run.sections[name].rows]
     with file.open("a", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
         if is_new:
             writer.writeheader()
-        for row in rows:
+        for row in run.sections[name].rows:
             digits = {key: f"{x:.6g}" for key, x in row.items() if isinstance(x, float)}
-            writer.writerow(row | digits)
+            writer.writerow(common | row | digits)
 
 
 def run_sections(
@@ -251,6 +254,7 @@ def run_sections(
     """
     name = options.name or f"{options.command}-{run.date:%Y-%m-%dT%H%M}"
     page, found_versions = options.out / f"{name}.md", versions()
+    page.parent.mkdir(exist_ok=True)  # the name may have a folder
     for section, measure in sections.items():
         run.section = run.sections[section] = Section()
         run.say(section)

@@ -28,7 +28,8 @@ def run_forked(program, *arguments, cwd):
     """
     process = fork_context().Process(target=_run, args=(program, arguments, cwd))
     process.start()
-    process.join()
+    process.join(1200.0)
+    process.kill()
     printed = (cwd / "printed.txt").read_text()
     return subprocess.CompletedProcess(arguments, process.exitcode, printed)
 

@@ -39,12 +39,12 @@ from cyclip_loss import CyCLIPLoss, CySigLIPLoss, kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.numerics import triton_version
 
-# The features' dtype and the precision of float32 products: PyTorch's names for both.
+# The features' dtype, and whether float32 products are exact.
 FEATURES = {
-    "bfloat16": (torch.bfloat16, "high"),
-    "float16": (torch.float16, "high"),
-    "float32 tf32": (torch.float32, "high"),
-    "float32 ieee": (torch.float32, "highest"),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32 tf32": (torch.float32, False),
+    "float32 ieee": (torch.float32, True),
 }
 N = 2048  # the loss is streamed in blocks, and every argument that grows with N is a multiple of 16
 
@@ -80,11 +80,12 @@ class Variant(NamedTuple):
 
 
 @contextmanager
-def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
+def no_device(arch: str, is_exact: bool) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
     """Lets the kernels take CPU tensors, as if on this chip. Results are garbage.
 
-    For a process that does nothing else: the driver and the precision stay.
+    Triton's driver stays replaced, so nothing else in this process can use a GPU.
 
+    is_exact: whether float32 products are.
     Yields, for each binary that is launched, the @triton.jit function and Triton's description.
     """
     binaries: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -93,7 +94,6 @@ def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[s
         binaries[f"{fn.name} {key}"] = fn.jit_function, compile
         return True  # nothing to compile or launch
 
-    torch.set_float32_matmul_precision(precision)
     driver.set_active(
         SimpleNamespace(
             get_current_device=lambda: 0,
@@ -105,6 +105,7 @@ def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[s
         patch.object(triton.knobs.runtime, "jit_cache_hook", record),
         patch.object(kernels, "INTERPRETED", True),
         patch.object(configs, "architecture", lambda device: arch),
+        patch.object(configs, "float32_is_exact", lambda: is_exact),
     ):
         yield binaries
 
@@ -116,7 +117,7 @@ def variants(arch: str, features: str) -> list[Variant]:
     they mean, extra negatives, which towers are trained, and whether each penalty is wanted (which
     takes one more product).
     """
-    dtype, precision = FEATURES[features]
+    dtype, is_exact = FEATURES[features]
     distinct, both = torch.arange(N), (True, True)
     cases = (
         (64, None, "ignored", both),
@@ -126,7 +127,7 @@ def variants(arch: str, features: str) -> list[Variant]:
         (64, None, "ignored", (True, False)),
         (64, None, "ignored", (False, True)),
     )
-    with no_device(arch, precision) as binaries:
+    with no_device(arch, is_exact) as binaries:
         for make, (d, ids, same_ids, trained), output_dict in product(
             (CyCLIPLoss, CySigLIPLoss), cases, (True, False)
         ):

@@ -147,7 +147,7 @@ RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 )
 def test_a_users_loss_is_in_the_printed_table_and_the_record(launcher, tmp_path):
     """It is a module, MODULE:NAME, and the current folder is empty."""
-    options = ("--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8")
+    options = ["--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8", "--name", "a/b"]
     if launcher:
         (tmp_path / "program.py").write_text(ONE_ROUND)
         ran = run_python(*launcher, "program.py", *options, cwd=tmp_path)
@@ -155,7 +155,7 @@ def test_a_users_loss_is_in_the_printed_table_and_the_record(launcher, tmp_path)
         ran = run_forked(ONE_ROUND, *options, cwd=tmp_path)
     assert ran.returncode == 0, ran
     assert "| loss | 16 × 8, float32 |" in ran.stdout
-    folder = tmp_path / "runs" / "benchmarks"
+    folder = tmp_path / "runs" / "benchmarks" / "a"
     rows = [*csv.DictReader((folder / "results.csv").open())]
     assert (rows[0]["loss"], rows[0]["outcome"]) == ("open_clip:ClipLoss", "ok")
     kinds = {".csv", ".md"} if launcher else {".csv", ".md", ".png"}

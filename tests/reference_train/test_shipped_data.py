@@ -46,15 +46,8 @@ def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(shi
             assert described.items() <= record["data_sets"][name].items()
 
 
-# The loss in the fifth step, the first of the second epoch, on a CPU.
-KNOWN = {"cyclip": 9.569, "cyclip-views": 8.552}
-
-
-@pytest.mark.parametrize("loss", KNOWN)
-def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
-    loss, shipped, tmp_path, monkeypatch
-):
-    """They change with the data, the augmentation, the model, the optimiser and its schedule."""
+def test_the_first_steps_on_the_shipped_emoji_have_the_known_loss(shipped, tmp_path, monkeypatch):
+    """It changes with the data, the augmentation, the model, the optimiser and its schedule."""
     monkeypatch.setattr(train, "track", lambda *_: range(5))  # the schedule is that of 620 steps
     monkeypatch.setattr(demo, "DATASETS", ())  # nothing is evaluated
     monkeypatch.setattr(demo, "feature_means", lambda *_: None)
@@ -63,5 +56,6 @@ def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
     monkeypatch.setattr(
         train, "compute_loss", lambda *args: losses.append(compute_loss(*args)) or losses[-1]
     )
-    demo.main(f"--device cpu --loss {loss} --out {tmp_path}".split())
-    assert losses[-1].item() == pytest.approx(KNOWN[loss], abs=2e-3)
+    demo.main(f"--device cpu --loss cyclip-views --out {tmp_path}".split())
+    # In the fifth step, the first of the second epoch.
+    assert losses[-1].item() == pytest.approx(8.552, abs=2e-3)
