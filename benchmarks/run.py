@@ -148,9 +148,12 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a measurement depends on, and git's commit if there is one."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {
+        "cyclip_loss": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     found |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    found["cyclip_loss"] = __version__
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         found["commit"] = subprocess.check_output(git, text=True).strip()
@@ -235,10 +238,9 @@ def append(file: Path, run: Run, name: str, found_versions: dict[str, str]) -> N
         "device": device_name(run.device),
         **found_versions,
     }
-    is_new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        if is_new:
+        if opened.tell() == 0:  # a new file
             writer.writeheader()
         for row in run.sections[name].rows:
             digits = {key: f"{x:.6g}" for key, x in row.items() if isinstance(x, float)}

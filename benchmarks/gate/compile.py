@@ -158,8 +158,7 @@ def compile_variant(variant: Variant) -> Any:
     source = ASTSource(
         variant.kernel, described["signature"], variant.constants, described["configs"][0]
     )
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
-    options = {name: described[name] for name in names}
+    options = {name: described[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     return triton.compile(source, target=CHIPS[variant.arch].target, options=options)
 
 
