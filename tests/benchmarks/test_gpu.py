@@ -45,15 +45,18 @@ def test_tests_are_interrupted_when_the_time_is_over_and_report_first(tmp_path, 
     assert skipped == ["SKIPPED x", "1 failed"]
 
 
-# `python -m benchmarks` with sizes for which the interpreter takes less time.
+# `python -m benchmarks` with a size for which the interpreter takes less time, and losses that are
+# not compiled.
 SMALL_DRY_RUN = """
 import runpy
 from dataclasses import replace
+import torch
 from benchmarks.compare import cost
 from benchmarks.gpu import sections
 
-sections.DRY_RUN = replace(sections.DRY_RUN, sizes=((40, 32),))
+sections.DRY_RUN = replace(sections.DRY_RUN, sizes=((40, 32),), seconds=0.0, min_rounds=1)
 cost.SMALL_BATCH = 40
+torch.compiler.set_stance("force_eager")
 runpy.run_module("benchmarks", run_name="__main__")
 """
 
