@@ -86,36 +86,31 @@ def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Te
     num_pairs, d = image_features.shape
     if plan.penalties == "none":
         return {}
+    dtype = accumulation_dtype(image_features.dtype)
     if plan.penalties == "zero":
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
-        zero = image_features[:0].sum() + text_features[:0].sum()
-        zero = zero.to(accumulation_dtype(zero.dtype))
+        zero = (image_features[:0].sum() + text_features[:0].sum()).to(dtype)
         penalties = [zero, zero.clone()] if plan.output_dict else [zero]
-    elif grams is not None:
-        if ranks.size > 1:
+    else:
+        if grams is not None and ranks.size > 1:
             summed = collectives.wait(grams)
             grams, num_pairs = summed[:-1].view(-1, d, d), summed[-1]
-        differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, ranks.size, plan.engine
-        )
-        weights = _weights(image_features, options, num_pairs)
-        penalties = penalties_of(differentiable, weights, plan.output_dict)
-    else:
-        weights = _weights(image_features, options, num_pairs)
-        penalties = dense.cyclic_terms(
-            image_features, text_features, weights, plan.with_cross, plan.output_dict
-        )
+        one: Any = 1.0
+        # torch.compile would make constants of numbers that are combined with each other.
+        if is_traced(image_features):
+            one = image_features.new_ones((), dtype=dtype)
+        weights = options.weights(num_pairs, one)
+        if grams is None:
+            penalties = dense.cyclic_terms(
+                image_features, text_features, weights, plan.with_cross, plan.output_dict
+            )
+        else:
+            differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
+                image_features, text_features, grams, ranks.size, plan.engine
+            )
+            penalties = penalties_of(differentiable, weights, plan.output_dict)
     names = TERMS if plan.output_dict else ("cyclic_loss",)
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
-
-
-def _weights(features: Tensor, options: PenaltyOptions, num_pairs: Any) -> tuple[Any, Any]:
-    """The weights of N * P_in and N * P_cross, as numbers or tensors."""
-    one: Any = 1.0
-    # torch.compile would make constants of numbers that are combined with each other.
-    if is_traced(features):
-        one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
-    return options.weights(num_pairs, one)
 
 
 class _GramMatrices(torch.autograd.Function):
