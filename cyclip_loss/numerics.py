@@ -92,20 +92,19 @@ def float16_shift(features: Tensor) -> int:
     return 14 if features.dtype == torch.float16 else 0
 
 
-def has_wide_products(features: Tensor) -> bool:
+def has_wide_products(features: Tensor, added: bool = False) -> bool:
     """Whether PyTorch multiplies 16-bit matrices of this dtype and device into a float32 one.
 
-    On a CPU they are widened instead, which keeps all digits of G.
+    On a CPU they are widened instead, which keeps all digits of G. added: whether PyTorch also adds
+    such a product to a float32 matrix.
     """
-    return features.dtype.itemsize == 2 and not features.is_cpu and _wide_products(features)[0]
-
-
-def _wide_products(features: Tensor) -> tuple[bool, bool]:
+    if features.dtype.itemsize != 2 or features.is_cpu:
+        return False
     # With float16 accumulation PyTorch refuses a float32 result; in deterministic mode it may
     # refuse every product.
     mode = torch.get_deterministic_debug_mode()
     setting = (torch.backends.cuda.matmul.allow_fp16_accumulation, mode)
-    return _try_wide_products(features.device, features.dtype, setting)
+    return _try_wide_products(features.device, features.dtype, setting)[added]
 
 
 @lru_cache
@@ -135,12 +134,11 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, summed in total's dtype."""
-    if a.dtype != total.dtype and has_wide_products(a):
-        if _wide_products(a)[1]:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        else:
-            total += matmul(a, b, total.dtype)
+    """total += a b, summed in total's dtype: the accumulation dtype of a."""
+    if has_wide_products(a, added=True):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif has_wide_products(a):
+        total += matmul(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
