@@ -28,6 +28,7 @@ from cyclip_loss.logits import (
     Logits,
     SavedStatistics,
     SharedExponentials,
+    empty_grad_like,
 )
 from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
 
@@ -360,8 +361,8 @@ def cyclic_grads(
     a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
     # With equal weights C has no share. (On a GPU the host would wait to see that.)
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
-    image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
-    text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
+    image_grad = empty_grad_like(image_features, needs_image)
+    text_grad = empty_grad_like(text_features, needs_text)
     for rows, u, v in _u_and_v_strips(image_features, text_features):
         u_grad, v_grad = u @ a_grad, v @ b_grad
         if with_cross:

@@ -38,12 +38,18 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
-from cyclip_loss.logits import Gradients, Logits, SavedStatistics, SharedExponentials
+from cyclip_loss.logits import (
+    Gradients,
+    Logits,
+    SavedStatistics,
+    SharedExponentials,
+    empty_grad_like,
+)
 from cyclip_loss.numerics import is_traced
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.operators import Operator, empty_grad_like
+from cyclip_loss.terms.operators import Operator
 from cyclip_loss.terms.positives import Positives
 
 

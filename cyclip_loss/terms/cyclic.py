@@ -21,11 +21,12 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
+from cyclip_loss.logits import empty_grad_like
 from cyclip_loss.numerics import accumulation_dtype, is_traced
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.operators import Operator, empty_grad_like
+from cyclip_loss.terms.operators import Operator
 
 TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 

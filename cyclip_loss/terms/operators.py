@@ -108,8 +108,3 @@ class _FirstDerivativesOnly(torch.autograd.Function):
             "The functions of cyclip_loss.reference have all derivatives, but build N x N matrices "
             "(more: docs/troubleshooting.md)"
         )
-
-
-def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
-    """An uninitialised gradient of these features, without elements if it is not needed."""
-    return features.new_empty(features.shape if needed else (0,))
