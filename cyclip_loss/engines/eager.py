@@ -49,14 +49,18 @@ def _buffer(logits: Logits) -> Tensor:
 
 
 def _logit_strips(
-    logits: Logits, column_features: Tensor, memory: Tensor, is_computed: bool = False
+    logits: Logits,
+    column_features: Tensor,
+    kept: Tensor | None = None,
+    is_computed: bool = False,
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each strip: its first row, its end, its row features and its logits in `memory`.
+    """For each strip: its first row, its end, its row features and its logits.
 
     column_features: the result of `_columns_to_multiply`, to whose dtype the row features are cast.
-    memory: for all logits, or for one strip, which the next one overwrites. is_computed: whether
-    all logits, or what took their place, are there already.
+    kept: memory for all logits; None or empty: each strip overwrites the one before. is_computed:
+    whether all logits, or what took their place, are there already.
     """
+    memory = _buffer(logits) if kept is None or kept.numel() == 0 else kept
     dtype = accumulation_dtype(column_features.dtype)
     options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
     # Scale the rows, n * D products. Not off the CPU: in tf32 s * I would be rounded, and 16-bit I
@@ -97,9 +101,8 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
     pair_logits, row_lse, column_sum = zeros(n), zeros(n), zeros(m * logits.symmetric)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     column_max = torch.full_like(column_sum, limits.min)
-    memory = shared.values if shared is not None else zeros(0)
-    memory = memory if memory.numel() else _buffer(logits)
-    for start, stop, _, strip in _logit_strips(logits, column_features, memory):
+    kept = None if shared is None else shared.values
+    for start, stop, _, strip in _logit_strips(logits, column_features, kept):
         strip_pair_logits, paired_rows = _pairs(strip, start, logits)
         # NaN instead of an infinite logit, which would look perfectly matched.
         pair_logits[paired_rows] = strip_pair_logits + (strip_pair_logits - strip_pair_logits)
@@ -166,16 +169,14 @@ def contrastive_grads(
         largest = top - (column_lse.min() if logits.symmetric else top)
         if not largest < math.log(torch.finfo(top.dtype).max) - 1:
             shared = None
-    is_kept, buffer, memory = False, _buffer(logits), _buffer(logits)
+    is_kept, buffer, kept = False, _buffer(logits), None
     if shared is not None:
         # exp(l_ij - r_i) + exp(l_ij - c_j) = E_ij (exp(m_i - r_i) + exp(m_i - t) exp(t - c_j))
         row_weights, top_weights = (row_max - row_lse).exp_(), (row_max - top).exp_()
         column_weights = (top - column_lse).exp_()
-        is_kept = shared.values.numel() > 0
-        memory = shared.values if is_kept else memory
-    for start, stop, strip_features, strip in _logit_strips(
-        logits, column_features, memory, is_kept
-    ):
+        kept = shared.values
+        is_kept = kept.numel() > 0
+    for start, stop, strip_features, strip in _logit_strips(logits, column_features, kept, is_kept):
         gradient = buffer[: stop - start]
         if shared is None:
             torch.sub(strip, row_lse[start:stop], out=gradient).exp_()
@@ -292,8 +293,8 @@ def elementwise_terms(
     products = _Products(logits, column_features, factor, needs, scale.dtype)
     sums = scale.new_zeros(2)
     loss, g_sum = sums
-    buffer, memory = _buffer(logits), _buffer(logits)
-    for start, stop, strip_features, strip in _logit_strips(logits, column_features, memory):
+    buffer = _buffer(logits)
+    for start, stop, strip_features, strip in _logit_strips(logits, column_features):
         strip.add_(logit_bias)
         pairs = _pairs(strip, start, logits)[0]
         pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
