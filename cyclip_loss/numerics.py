@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # Elements of one strip. On a CPU, 2^20 float32 are 4 MB: with fewer, the products of a strip have
 # too few rows for two threads. Other devices need 2^26 elements to be busy.
@@ -47,6 +48,11 @@ def is_traced(features: Tensor) -> bool:
     """
     dispatch = type(features).__torch_dispatch__
     return torch.compiler.is_compiling() or dispatch is not Tensor.__torch_dispatch__
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors in tuples, lists and records, in order."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def divisor_of(d: int) -> int:
