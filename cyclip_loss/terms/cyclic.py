@@ -109,7 +109,11 @@ def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Te
             differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
                 image_features, text_features, grams, ranks.size, plan.engine
             )
-            penalties = penalties_of(differentiable, weights, plan.output_dict)
+            one_by_one = (weights[0], 0.0), (0.0, weights[1])
+            penalties = [
+                _WeightedSum.apply(*x, *differentiable)  # type: ignore[no-untyped-call]
+                for x in (one_by_one if plan.output_dict else [weights])
+            ]
     names = TERMS if plan.output_dict else ("cyclic_loss",)
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
 
@@ -143,31 +147,21 @@ class _GramMatrices(torch.autograd.Function):
         return (*found, None, None, None)
 
 
-def penalties_of(
-    grams: tuple[Tensor, ...], weights: tuple[Any, Any], output_dict: bool
-) -> list[Tensor]:
-    """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
+class _WeightedSum(torch.autograd.Function):
+    """The sum of N * P_in and N * P_cross, each times its weight (Goel et al. 2022, eq. 2 and 3).
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    grams: A, B and, if needed, C, (D, D), summed over ranks; weights: of N * P_in and of
-    N * P_cross, numbers or scalars. Without C they are equal, and only the sum is wanted.
-    """
-    found = [(weights[0], 0.0), (0.0, weights[1])] if output_dict else [weights]
-    return [
-        _Products.apply((x + y) / 2, (x - y) / 2, *grams)  # type: ignore[no-untyped-call]
-        for x, y in found
-    ]
-
-
-class _Products(torch.autograd.Function):
-    """x <A, B>_F + y <C, C^T>_F, a sum of squares, from numbers or scalars x and y.
-
-    Forward computes the gradients, because that takes fewer launches than autograd's formulas.
+    weights: numbers or scalars; A, B and, unless the weights are equal, C: (D, D), summed over
+    ranks. Forward computes the gradients, because that takes fewer launches than autograd's
+    formulas.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, y: Any, a: Tensor, b: Tensor, *c: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, inmodal: Any, crossmodal: Any, a: Tensor, b: Tensor, *c: Tensor
+    ) -> Tensor:
+        x, y = (inmodal + crossmodal) / 2, (inmodal - crossmodal) / 2
         grads = [*torch._foreach_mul([b, a], x), *[m.T.contiguous() * (2 * y) for m in c]]
         ctx.save_for_backward(*grads)
         total = torch.dot(a.view(-1), grads[0].view(-1))
