@@ -45,10 +45,6 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def __str__(self) -> str:
-        sizes = " ".join(f"{name}={size}" for name, size in self.tile.items())
-        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
-
     @cached_property
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of a launch.
