@@ -148,8 +148,7 @@ def _ring(
             combine(total[:count], part)
         if not is_last:
             blocks = received
-        # Free these, each as large as a block, before the next step allocates its own.
-        del part, received, finish, sent
+        del part  # as large as a block: free it before the next step allocates its own
     return start_hop([total], ranks)()[0][:num_columns] if is_summed else total
 
 
