@@ -84,11 +84,6 @@ def rows_per_strip(row_length: int, device: torch.device) -> int:
     return max(MIN_STRIP_ROWS, elements // row_length, fast)
 
 
-def strips(num_rows: int, height: int) -> list[tuple[int, int]]:
-    """The first row and the end of each strip of at most `height` rows."""
-    return [(start, min(start + height, num_rows)) for start in range(0, num_rows, height)]
-
-
 def float16_shift(features: Tensor) -> int:
     """The power of 2 by which G is multiplied before it is rounded to the dtype of the features.
 

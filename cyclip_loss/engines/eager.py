@@ -30,7 +30,7 @@ from cyclip_loss.logits import (
     SharedExponentials,
     empty_grad_like,
 )
-from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
+from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip
 
 
 def _columns_to_multiply(logits: Logits) -> Tensor:
@@ -67,7 +67,9 @@ def _logit_strips(
     # is not.
     scales_rows = column_features.dtype == dtype and column_features.is_cpu
     n, m = len(logits.row_features), len(column_features)
-    for start, stop in strips(n, rows_per_strip(m, column_features.device)):
+    height = rows_per_strip(m, column_features.device)
+    for start in range(0, n, height):
+        stop = min(start + height, n)
         strip = memory[start:stop] if len(memory) == n else memory[: stop - start]
         strip_features = logits.row_features[start:stop].to(column_features.dtype)
         if scales_rows and not is_computed:
@@ -324,8 +326,9 @@ def _u_and_v_strips(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each strip: its rows, and U = I + T and V = I - T in the accumulation dtype."""
     (n, d), dtype = image_features.shape, accumulation_dtype(image_features.dtype)
-    for bounds in strips(n, rows_per_strip(4 * d, image_features.device)):
-        rows = slice(*bounds)
+    height = rows_per_strip(4 * d, image_features.device)
+    for start in range(0, n, height):
+        rows = slice(start, start + height)
         image, text = image_features[rows].to(dtype), text_features[rows].to(dtype)
         yield rows, image + text, image - text
 
