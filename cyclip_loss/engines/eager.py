@@ -82,9 +82,10 @@ def _logit_strips(
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     """The pairs of a strip that begins with row `start`, as a view, and their rows."""
-    rows, columns = logits.block(start, start + len(strip)).pairs
-    diagonal = strip.diagonal(columns.start - rows.start)[: rows.stop - rows.start]
-    return diagonal, slice(start + rows.start, start + rows.stop)
+    offset = start + logits.partner_offset
+    diagonal = strip.diagonal(offset)  # empty beyond the last column
+    first = start + max(0, -offset)
+    return diagonal, slice(first, first + len(diagonal))
 
 
 def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> BlockLse:
