@@ -105,26 +105,25 @@ def has_wide_products(features: Tensor, added: bool = False) -> bool:
     # refuse every product.
     mode = torch.get_deterministic_debug_mode()
     setting = (torch.backends.cuda.matmul.allow_fp16_accumulation, mode)
-    return _try_wide_products(features.device, features.dtype, setting)[added]
+    return _try_wide_products(features.device, features.dtype, added, setting)
 
 
 @lru_cache
-def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tuple[bool, bool]:
-    """Whether a small float32 product of 16-bit matrices works, and whether it can be added."""
+def _try_wide_products(device: torch.device, dtype: torch.dtype, added: bool, _: Any) -> bool:
+    """Whether a small float32 product of 16-bit matrices works or, with `added`, its sum."""
     a = torch.ones(16, 16, dtype=dtype, device=device)
     options: Any = {"out_dtype": torch.float32}
-    multiplies = False
     try:
         product = torch.mm(a, a, **options)
         torch.mm(a, a, **options, out=product)
-        multiplies = True
-        torch.addmm(product, a, a, **options, out=product)  # not before PyTorch 2.11
+        if added:  # not before PyTorch 2.11
+            torch.addmm(product, a, a, **options, out=product)
     except (RuntimeError, TypeError) as error:
         # A failure of the device, such as a failed allocation, says nothing of the next time.
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise
-        return multiplies, False
-    return True, True
+        return False
+    return True
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
