@@ -168,9 +168,9 @@ def contrastive_grads(
     if shared is not None:
         row_max = shared.row_max[:, None]
         top = row_max.max()
+        limit = math.log(torch.finfo(top.dtype).max) - 1
         # False if it is NaN, because the exponentials are not shared after all.
-        largest = top - (column_lse.min() if logits.symmetric else top)
-        if not largest < math.log(torch.finfo(top.dtype).max) - 1:
+        if logits.symmetric and not top - column_lse.min() < limit:
             shared = None
     is_kept, buffer, kept = False, _buffer(logits), None
     if shared is not None:
