@@ -114,12 +114,12 @@ def padded(block: Tensor, ranks: Ranks) -> Tensor:
 
 
 def start_hop(blocks: list[Tensor], ranks: Ranks) -> Callable[[], list[Tensor]]:
-    """Send blocks to the next rank of a ring, and receive the previous rank's.
+    """Send blocks, contiguous, to the next rank of a ring, and receive the previous rank's.
 
     Returns a function that waits for them (on CUDA the stream does, not the host) and returns what
     was received.
     """
-    sent = [block.contiguous() for block in blocks]  # kept until they are sent
+    sent = list(blocks)  # kept until they are sent
     received = [torch.empty_like(block) for block in sent]
     works: list[Any] = []
     if sent:
