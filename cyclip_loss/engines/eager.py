@@ -302,24 +302,24 @@ def elementwise_terms(
         pairs = _pairs(strip, start, logits)[0]
         pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
         same = same_ids_but_pairs(logits, start, stop)
-        is_positive = same if logits.positives else None
         if same is not None and not logits.positives:
             strip.masked_fill_(same, -torch.inf)
-        _negate_positives(strip, start, logits, is_positive)
+            same = None
+        _negate_positives(strip, start, logits, same)
         loss.add_(value(strip).sum())
         if any(needs):
             gradient = derivative(strip, out=buffer[: stop - start])
-            _negate_positives(gradient, start, logits, is_positive)
+            _negate_positives(gradient, start, logits, same)
             g_sum.add_(gradient.sum())
             products.add(start, stop, strip_features, gradient)
     return sums, products.gradients()
 
 
-def _negate_positives(x: Tensor, start: int, logits: Logits, is_positive: Tensor | None) -> None:
+def _negate_positives(x: Tensor, start: int, logits: Logits, others: Tensor | None) -> None:
     """Negate the pairs of a strip, in place, and the other positives."""
     _pairs(x, start, logits)[0].neg_()
-    if is_positive is not None:
-        torch.where(is_positive, -x, x, out=x)
+    if others is not None:
+        torch.where(others, -x, x, out=x)
 
 
 def _u_and_v_strips(
