@@ -76,7 +76,7 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can
     # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
-    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not is_traced(block)):
+    if is_gloo_on_gpu(block, ranks) or not is_traced(block):
         out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
         gather = _collectives.all_gather_into_tensor_out
         return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]
