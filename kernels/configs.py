@@ -137,11 +137,10 @@ _SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, (64, 64, 32, 4, 2))
 # In tf32 a tile has half the depth, so as many bytes as in 16 bits. The penalties' kernels round U
 # and V in registers. These go back to shared memory, and each wgmma waits for its operands. So Gram
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
-_SM90_GRAM = (64, 32, 4, 4)
 _SM90 = _tables(
     lse=((256, 128, 64, 1, 8, 4), (256, 128, 32, 1, 8, 4)),
     grads=((128, 256, 64, 2, 8, 4), (128, 256, 32, 2, 8, 4)),
-    gram=_SM90_GRAM,
+    gram=(64, 32, 4, 4),
     cyclic=(128, 128, 32, 8, 3),
 )
 # Blocks of float32 features are twice as large.
@@ -150,8 +149,7 @@ _SM90["cyclic_grads"][TF32] = replace(_SM90["cyclic_grads"][TF32], num_stages=2)
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
 _SM100_SWEEP = ((256, 128, 64, 2, 8, 3), _SM80_TF32)
 # With 4 warps, the Gram matrices of 16-bit features would spill registers.
-_SM100_GRAM = (64, 32, 8, 4)
-_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, _SM100_GRAM, (128, 128, 32, 8, 2))
+_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, (64, 32, 8, 4), (128, 128, 32, 8, 2))
 # 8 waves would compute each product of a 64 x 64 tile twice, as an instruction computes 32 x 32.
 _AMD_HALF = (128, 128, 32, 1, 8, 2)
 _GFX942 = _tables(

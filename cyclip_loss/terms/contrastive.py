@@ -298,8 +298,9 @@ def _backward(
     float32_grads = ranks.size > 1 or logits.positives
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
-        grads: Gradients = contrastive_grads(block, saved, needs, float32_grads)
-        return grads
+        return contrastive_grads(  # type: ignore[no-any-return]
+            block, saved, needs, float32_grads
+        )
 
     if other_grad is not None:
         positives = Positives(logits.column_ids)
