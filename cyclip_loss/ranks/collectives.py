@@ -99,9 +99,7 @@ def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """This rank's own rows of the sum across ranks of `partial`, (N, D)."""
     if ranks.counts is not None:
         partial = torch.cat([padded(block, ranks) for block in torch.split(partial, ranks.counts)])
-    own: Tensor = wait(
-        _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
-    )
+    own = wait(_collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name))
     return own if ranks.counts is None else own[: ranks.counts[ranks.rank]]
 
 
