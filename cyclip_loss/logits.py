@@ -100,6 +100,11 @@ class SharedExponentials(NamedTuple):
     values: Tensor  # (n, m), 0 where there is no negative; empty if backward computes them again
 
 
+def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
+    """An uninitialised gradient of these features, without elements if it is not needed."""
+    return features.new_empty(features.shape if needed else (0,))
+
+
 class Gradients(NamedTuple):
     """Gradients of a block's features and of the logit scale; empty tensors where not needed."""
 

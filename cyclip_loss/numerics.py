@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # Elements of one strip. On a CPU, 2^20 float32 are 4 MB: with fewer, the products of a strip have
 # too few rows for two threads. Other devices need 2^26 elements to be busy.
@@ -49,6 +50,11 @@ def is_traced(features: Tensor) -> bool:
     return torch.compiler.is_compiling() or dispatch is not Tensor.__torch_dispatch__
 
 
+def tensors_of(tree: Any) -> list[Tensor]:
+    """All tensors in tuples, lists and records, in order."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 def divisor_of(d: int) -> int:
     """The largest power of two, at most 128, that divides D. All D that share it share kernels."""
     return gcd(d, MAX_DIVISOR)
@@ -78,11 +84,6 @@ def rows_per_strip(row_length: int, device: torch.device) -> int:
     return max(MIN_STRIP_ROWS, elements // row_length, fast)
 
 
-def strips(num_rows: int, height: int) -> list[tuple[int, int]]:
-    """The first row and the end of each strip of at most `height` rows."""
-    return [(start, min(start + height, num_rows)) for start in range(0, num_rows, height)]
-
-
 def float16_shift(features: Tensor) -> int:
     """The power of 2 by which G is multiplied before it is rounded to the dtype of the features.
 
@@ -92,39 +93,37 @@ def float16_shift(features: Tensor) -> int:
     return 14 if features.dtype == torch.float16 else 0
 
 
-def has_wide_products(features: Tensor) -> bool:
+def has_wide_products(features: Tensor, added: bool = False) -> bool:
     """Whether PyTorch multiplies 16-bit matrices of this dtype and device into a float32 one.
 
-    On a CPU they are widened instead, which keeps all digits of G.
+    On a CPU they are widened instead, which keeps all digits of G. added: whether PyTorch also adds
+    such a product to a float32 matrix.
     """
-    return features.dtype.itemsize == 2 and not features.is_cpu and _wide_products(features)[0]
-
-
-def _wide_products(features: Tensor) -> tuple[bool, bool]:
+    if features.dtype.itemsize != 2 or features.is_cpu:
+        return False
     # With float16 accumulation PyTorch refuses a float32 result; in deterministic mode it may
     # refuse every product.
     mode = torch.get_deterministic_debug_mode()
     setting = (torch.backends.cuda.matmul.allow_fp16_accumulation, mode)
-    return _try_wide_products(features.device, features.dtype, setting)
+    return _try_wide_products(features.device, features.dtype, added, setting)
 
 
 @lru_cache
-def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tuple[bool, bool]:
-    """Whether a small float32 product of 16-bit matrices works, and whether it can be added."""
+def _try_wide_products(device: torch.device, dtype: torch.dtype, added: bool, _: Any) -> bool:
+    """Whether a small float32 product of 16-bit matrices works or, with `added`, its sum."""
     a = torch.ones(16, 16, dtype=dtype, device=device)
     options: Any = {"out_dtype": torch.float32}
-    multiplies = False
     try:
         product = torch.mm(a, a, **options)
         torch.mm(a, a, **options, out=product)
-        multiplies = True
-        torch.addmm(product, a, a, **options, out=product)  # not before PyTorch 2.11
+        if added:  # not before PyTorch 2.11
+            torch.addmm(product, a, a, **options, out=product)
     except (RuntimeError, TypeError) as error:
         # A failure of the device, such as a failed allocation, says nothing of the next time.
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise
-        return multiplies, False
-    return True, True
+        return False
+    return True
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,12 +134,11 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, summed in total's dtype."""
-    if a.dtype != total.dtype and has_wide_products(a):
-        if _wide_products(a)[1]:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        else:
-            total += matmul(a, b, total.dtype)
+    """total += a b, summed in total's dtype: the accumulation dtype of a."""
+    if has_wide_products(a, added=True):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif has_wide_products(a):
+        total += matmul(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

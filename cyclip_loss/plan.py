@@ -36,7 +36,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     if isinstance(options, PenaltyOptions):
         if options.has_penalties():
             penalties, centered = "gram", options.centered
-        elif output_dict or contrastive == "none":
+        elif output_dict or not logits:
             penalties = "zero"
         with_cross = options.needs_cross(output_dict)
     if traced:
@@ -44,11 +44,10 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         # is one graph. On a GPU the operators choose the engine when they run.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         is_eager = is_compiled and engine != "triton" and features.is_cpu
-        may_be_dense = is_eager
     else:
-        # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
         is_eager = engine == "eager"
-        may_be_dense = is_eager and (features.is_cpu or features.dtype.itemsize > 2)
+    # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
+    may_be_dense = is_eager and (features.is_cpu or features.dtype.itemsize > 2)
     # Only code that may be dense depends on N, also when it is compiled.
     if may_be_dense and batch.ranks.size == 1:
         n, d = features.shape
@@ -56,8 +55,8 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 6.5 to 12.5 N D^2.
         if penalties == "gram" and n <= limit:
             penalties = "dense"
-        most = max([n, *[x.column_features.shape[0] for x in logits]])
-        if logits and not logits[0].positives and most <= limit:
+        columns = [x.column_features.shape[0] for x in logits]  # n at first
+        if logits and not logits[0].positives and max(columns) <= limit:
             contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
     kept_exponentials = -1

@@ -20,14 +20,14 @@ from cyclip_loss import engines, options
 from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.engines import eager
 from cyclip_loss.inputs import prepare, warn_of_mistakes
-from cyclip_loss.logits import Gradients, Logits
+from cyclip_loss.logits import Gradients, Logits, empty_grad_like
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 from cyclip_loss.options import ContrastiveModule, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
-from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
+from cyclip_loss.terms.operators import Operator, call_backward
 
 
 @dataclass(eq=False, repr=False)

@@ -45,10 +45,6 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def __str__(self) -> str:
-        sizes = " ".join(f"{name}={size}" for name, size in self.tile.items())
-        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
-
     @cached_property
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of a launch.
@@ -73,20 +69,8 @@ class Config:
 
 
 _Tables = dict[str, dict[str, Config]]  # by kernel and precision
-
-
-def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
-    return Config(
-        {"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "PRECISION": "tf32"}, warps, stages
-    )
-
-
-def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
-    return Config({"BD": bd, "BK": bk, "PRECISION": "tf32"}, warps, stages)
-
-
-def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
-    return Config({"BM": bm, "BD": bd, "BK": bk, "PRECISION": "tf32"}, warps, stages)
+# The sizes of a tile, as `_tables` names them, and then the warps and the stages.
+_Tile = tuple[int, ...]
 
 
 def _sigmoid(config: Config) -> Config:
@@ -97,15 +81,25 @@ def _sigmoid(config: Config) -> Config:
 
 
 # All of NVIDIA's architectures have the same tiles for products in full float32.
-_FULL = (_product(64, 64, 16, 4, 3), _gram(64, 16, 4, 2), _cyclic(64, 64, 16, 8, 2))
+_FULL: tuple[_Tile, ...] = ((64, 64, 16, 1, 4, 3), (64, 16, 4, 2), (64, 64, 16, 8, 2))
+
+
+def _by_precision(names: tuple[str, ...], *tiles: _Tile) -> dict[str, Config]:
+    """The configurations of a kernel: for 16-bit features, for tf32, and for full float32."""
+    configs = {}
+    for key, (*sizes, warps, stages) in zip((HALF, TF32, IEEE), tiles, strict=True):
+        precision = TF32 if key == HALF else key
+        tile = {**dict(zip(names, sizes, strict=True)), "PRECISION": precision}
+        configs[key] = Config(tile, warps, stages)
+    return configs
 
 
 def _tables(
-    lse: tuple[Config, Config],
-    grads: tuple[Config, Config],
-    gram: Config,
-    cyclic: Config,
-    full: tuple[Config, Config, Config] = _FULL,
+    lse: tuple[_Tile, ...],
+    grads: tuple[_Tile, ...],
+    gram: _Tile,
+    cyclic: _Tile,
+    full: tuple[_Tile, ...] = _FULL,
 ) -> _Tables:
     """The tables of an architecture.
 
@@ -113,15 +107,14 @@ def _tables(
     penalties multiply float32 sums of features in tf32; full: of contrastive products, Gram
     matrices and cyclic gradients in full float32.
     """
-    full_product, full_gram, full_cyclic = (
-        replace(config, tile={**config.tile, "PRECISION": "ieee"}) for config in full
-    )
-    of_grads = {HALF: grads[0], TF32: grads[1], IEEE: full_product}
+    full_product, full_gram, full_cyclic = full
+    names = ("BM", "BN", "BK", "PARTS")
+    of_grads = _by_precision(names, *grads, full_product)
     return {
-        "contrastive_lse": {HALF: lse[0], TF32: lse[1], IEEE: full_product},
+        "contrastive_lse": _by_precision(names, *lse, full_product),
         "contrastive_grads": of_grads,
-        "gram_matrices": {HALF: gram, TF32: gram, IEEE: full_gram},
-        "cyclic_grads": {HALF: cyclic, TF32: cyclic, IEEE: full_cyclic},
+        "gram_matrices": _by_precision(("BD", "BK"), gram, gram, full_gram),
+        "cyclic_grads": _by_precision(("BM", "BD", "BK"), cyclic, cyclic, full_cyclic),
         "elementwise_terms": {key: _sigmoid(config) for key, config in of_grads.items()},
     }
 
@@ -129,47 +122,45 @@ def _tables(
 # With 4 warps instead of 8, tiles of 128 x 128 take 13 to 24% fewer instructions (D = 768), and two
 # programs fit into an SM: one multiplies while the other sums. (For contrastive_lse in tf32, sm_80
 # has room for two programs of 8 warps.) 8 warps would compute each product of a Gram tile twice.
-_SM80_HALF = _product(128, 128, 32, 4, 4, 2)
-_SM80_TF32 = _product(128, 128, 32, 4, 3, 2)
-_SM80_GRAM = _gram(64, 16, 4, 2)
+_SM80_HALF = (128, 128, 32, 2, 4, 4)
+_SM80_TF32 = (128, 128, 32, 2, 4, 3)
+_SM80_GRAM = (64, 16, 4, 2)
 _SM80 = _tables(
-    lse=(_SM80_HALF, _product(128, 128, 32, 8, 3)),
+    lse=(_SM80_HALF, (128, 128, 32, 1, 8, 3)),
     grads=(_SM80_HALF, _SM80_TF32),
     gram=_SM80_GRAM,
-    cyclic=_cyclic(64, 64, 32, 4, 3),
+    cyclic=(64, 64, 32, 4, 3),
 )
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
-_SM86_SWEEP = (_SM80_HALF, _product(128, 128, 32, 4, 2, 2))
-_SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, _cyclic(64, 64, 32, 4, 2))
+_SM86_SWEEP = (_SM80_HALF, (128, 128, 32, 2, 4, 2))
+_SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, (64, 64, 32, 4, 2))
 # In tf32 a tile has half the depth, so as many bytes as in 16 bits. The penalties' kernels round U
 # and V in registers. These go back to shared memory, and each wgmma waits for its operands. So Gram
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
-_SM90_GRAM = _gram(64, 32, 4, 4)
 _SM90 = _tables(
-    lse=(_product(256, 128, 64, 8, 4), _product(256, 128, 32, 8, 4)),
-    grads=(_product(128, 256, 64, 8, 4, 2), _product(128, 256, 32, 8, 4, 2)),
-    gram=_SM90_GRAM,
-    cyclic=_cyclic(128, 128, 32, 8, 3),
+    lse=((256, 128, 64, 1, 8, 4), (256, 128, 32, 1, 8, 4)),
+    grads=((128, 256, 64, 2, 8, 4), (128, 256, 32, 2, 8, 4)),
+    gram=(64, 32, 4, 4),
+    cyclic=(128, 128, 32, 8, 3),
 )
 # Blocks of float32 features are twice as large.
-_SM90["gram_matrices"][TF32] = _gram(64, 32, 4, 3)
-_SM90["cyclic_grads"][TF32] = _cyclic(128, 128, 32, 8, 2)
+_SM90["gram_matrices"][TF32] = replace(_SM90["gram_matrices"][TF32], num_stages=3)
+_SM90["cyclic_grads"][TF32] = replace(_SM90["cyclic_grads"][TF32], num_stages=2)
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
-_SM100_SWEEP = (_product(256, 128, 64, 8, 3, 2), _SM80_TF32)
+_SM100_SWEEP = ((256, 128, 64, 2, 8, 3), _SM80_TF32)
 # With 4 warps, the Gram matrices of 16-bit features would spill registers.
-_SM100_GRAM = _gram(64, 32, 8, 4)
-_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, _SM100_GRAM, _cyclic(128, 128, 32, 8, 2))
+_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, (64, 32, 8, 4), (128, 128, 32, 8, 2))
 # 8 waves would compute each product of a 64 x 64 tile twice, as an instruction computes 32 x 32.
-_AMD_HALF = _product(128, 128, 32, 8, 2)
+_AMD_HALF = (128, 128, 32, 1, 8, 2)
 _GFX942 = _tables(
-    lse=(_AMD_HALF, _product(128, 64, 16, 4, 2)),
-    grads=(_AMD_HALF, _product(128, 64, 32, 8, 2)),
-    gram=_gram(64, 16, 4, 2),
-    cyclic=_cyclic(64, 64, 16, 4, 2),
-    full=(_product(64, 64, 16, 4, 2), _gram(64, 16, 4, 1), _cyclic(64, 64, 16, 4, 1)),
+    lse=(_AMD_HALF, (128, 64, 16, 1, 4, 2)),
+    grads=(_AMD_HALF, (128, 64, 32, 1, 8, 2)),
+    gram=(64, 16, 4, 2),
+    cyclic=(64, 64, 16, 4, 2),
+    full=((64, 64, 16, 1, 4, 2), (64, 16, 4, 1), (64, 64, 16, 4, 1)),
 )
 # Small, so that small tests have several tiles.
-_SMALL = (_product(32, 64, 32, 1, 1, parts=2), _gram(64, 32, 1, 1), _cyclic(64, 64, 32, 1, 1))
+_SMALL = ((32, 64, 32, 2, 1, 1), (64, 32, 1, 1), (64, 64, 32, 1, 1))
 _INTERPRETER = _tables(_SMALL[:1] * 2, _SMALL[:1] * 2, *_SMALL[1:], full=_SMALL)
 ARCHITECTURES = {
     "sm_80": _SM80, "sm_86": _SM86, "sm_89": _SM86, "sm_90": _SM90, "sm_100": _SM100,

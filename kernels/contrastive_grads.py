@@ -153,12 +153,19 @@ def multiplied_blocks(
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
     width = min(max(1, BLOCK_ELEMENTS // (height * bn)), ceil_div(m, bn)) * bn
     buffer = row_features.new_empty(height, width) if any(needs) else None
-    # If one block holds all of G, the products are the gradients.
-    is_sum = factor is not None or n > height or m > width
+    # If one block holds all of G, the products are the gradients. (Not interpreted: on a CPU,
+    # PyTorch 2.8 sums a product of one bfloat16 row in bfloat16.)
+    is_sum = factor is not None or n > height or m > width or INTERPRETED
     dtype = torch.float32 if is_sum else grad_dtype
-    row_grads: list[Tensor] = []
-    column_grads: dict[int, Tensor] = {}
+    row_grads: dict[int, Tensor] = {}  # by the first row of a strip
+    column_grads: dict[int, Tensor] = {}  # by the first column of a block
     tiles = 0
+
+    def add(totals: dict[int, Tensor], first: int, a: Tensor, b: Tensor) -> None:
+        if first in totals:
+            add_product(totals[first], a, b)
+        else:
+            totals[first] = matmul(a, b, dtype)
 
     def finished(total: Tensor) -> Tensor:
         return (total if factor is None else total.mul_(factor)).to(grad_dtype)
@@ -169,7 +176,6 @@ def multiplied_blocks(
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     for start in range(0, n, height):
-        row_grad = None
         for left in range(0, m, width):
             block = aligned.block(start, start + height, left, left + width)
             a, b = block.row_features, block.column_features
@@ -184,14 +190,12 @@ def multiplied_blocks(
                 continue
             gradient = buffer[: a.shape[0], : b.shape[0]]
             if needs_rows:
-                columns = column_features[left : left + width]
-                row_grad = _plus_product(row_grad, gradient, columns, dtype)
+                add(row_grads, start, gradient, column_features[left : left + width])
             if needs_columns:
-                rows = row_features[start : start + height]
-                column_grads[left] = _plus_product(column_grads.get(left), gradient.T, rows, dtype)
-        if row_grad is not None:
-            row_grads.append(finished(row_grad))
-    return joined(row_grads), joined([finished(x) for x in column_grads.values()])
+                add(column_grads, left, gradient.T, row_features[start : start + height])
+        if needs_rows:
+            row_grads[start] = finished(row_grads[start])
+    return joined([*row_grads.values()]), joined([finished(x) for x in column_grads.values()])
 
 
 def contrastive_grads(
@@ -228,14 +232,3 @@ def contrastive_grads(
         # In an order that is always the same.
         scale_grad = scale_partials.sum() if needs[2] else scale_partials.new_empty(0)
     return Gradients(row_grad, column_grad, scale_grad)
-
-
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a b, in place; a b in the dtype without a total."""
-    if INTERPRETED:  # on a CPU, PyTorch 2.8 sums a product of one bfloat16 row in bfloat16
-        product = a.float() @ b.float()
-        return product.to(dtype) if total is None else total.add_(product)
-    if total is None:
-        return matmul(a, b, dtype)
-    add_product(total, a, b)
-    return total

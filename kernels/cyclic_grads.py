@@ -19,6 +19,7 @@ from cyclip_loss.kernels.tiles import (
     round_to_tf32,
     u_and_v,
 )
+from cyclip_loss.logits import empty_grad_like
 from cyclip_loss.numerics import on_device_of
 
 
@@ -124,8 +125,8 @@ def cyclic_grads(
     unpadded = image_features.shape[1]
     a_grad, b_grad, *c_grad = gram_grads
     factors = a_grad.new_empty(4 if c_grad else 2, d, d)
-    image_grad = image.new_empty(image.shape if needs_image else (0,))
-    text_grad = text.new_empty(text.shape if needs_text else (0,))
+    image_grad = empty_grad_like(image, needs_image)
+    text_grad = empty_grad_like(text, needs_text)
     with on_device_of(image):
         factors_kernel[(ceil_div(d * d, ROUND.tile["BLOCK"]), len(factors))](
             a_grad, b_grad, *c_grad or [a_grad], factors, unpadded, d,

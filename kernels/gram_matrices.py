@@ -104,7 +104,8 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     unpadded = image_features.shape[1]
     image, text = aligned_features(image_features, bd), aligned_features(text_features, bd)
     n, d = image.shape
-    splits = min(MAX_SPLITS, n // MIN_SPLIT_ROWS, MAX_PARTS_ELEMENTS // (3 * unpadded**2)) or 1
+    most_splits = MAX_PARTS_ELEMENTS // (3 * unpadded**2)
+    splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS, most_splits))
     split_rows = ceil_div(ceil_div(n, splits), bk) * bk
     splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2

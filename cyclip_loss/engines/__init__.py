@@ -113,14 +113,14 @@ def _why_not_triton(features: Tensor, asked: str) -> str:
     if architecture(features.device) is None and (features.is_cuda or asked == "auto"):
         return unsupported
     problem = _import_problem()
-    if problem and asked == "auto":
-        warn_once(
-            "triton",
-            f"{problem}. PyTorch computes instead, with the same results but slower. "
-            "CYCLIP_LOSS_IMPL=eager chooses it without this warning",
-            every_rank=True,
-        )
     if problem:
+        if asked == "auto":
+            warn_once(
+                "triton",
+                f"{problem}. PyTorch computes instead, with the same results but slower. "
+                "CYCLIP_LOSS_IMPL=eager chooses it without this warning",
+                every_rank=True,
+            )
         return problem
     import cyclip_loss.kernels as kernels
 

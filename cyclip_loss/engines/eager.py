@@ -28,8 +28,9 @@ from cyclip_loss.logits import (
     Logits,
     SavedStatistics,
     SharedExponentials,
+    empty_grad_like,
 )
-from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
+from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip
 
 # A CPU computes symmetric matrices in blocks of this many rows. With D = 512 that saves a quarter
 # of the time on one thread, and a tenth on two. With 64 rows, products are too small for two.
@@ -52,21 +53,27 @@ def _buffer(logits: Logits) -> Tensor:
 
 
 def _logit_strips(
-    logits: Logits, column_features: Tensor, memory: Tensor, is_computed: bool = False
+    logits: Logits,
+    column_features: Tensor,
+    kept: Tensor | None = None,
+    is_computed: bool = False,
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each strip: its first row, its end, its row features and its logits in `memory`.
+    """For each strip: its first row, its end, its row features and its logits.
 
     column_features: the result of `_columns_to_multiply`, to whose dtype the row features are cast.
-    memory: for all logits, or for one strip, which the next one overwrites. is_computed: whether
-    all logits, or what took their place, are there already.
+    kept: memory for all logits; None or empty: each strip overwrites the one before. is_computed:
+    whether all logits, or what took their place, are there already.
     """
+    memory = _buffer(logits) if kept is None or kept.numel() == 0 else kept
     dtype = accumulation_dtype(column_features.dtype)
     options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
     # Scale the rows, n * D products. Not off the CPU: in tf32 s * I would be rounded, and 16-bit I
     # is not.
     scales_rows = column_features.dtype == dtype and column_features.is_cpu
     n, m = len(logits.row_features), len(column_features)
-    for start, stop in strips(n, rows_per_strip(m, column_features.device)):
+    height = rows_per_strip(m, column_features.device)
+    for start in range(0, n, height):
+        stop = min(start + height, n)
         strip = memory[start:stop] if len(memory) == n else memory[: stop - start]
         strip_features = logits.row_features[start:stop].to(column_features.dtype)
         if scales_rows and not is_computed:
@@ -79,9 +86,10 @@ def _logit_strips(
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     """The pairs of a strip that begins with row `start`, as a view, and their rows."""
-    rows, columns = logits.block(start, start + len(strip)).pairs
-    diagonal = strip.diagonal(columns.start - rows.start)[: rows.stop - rows.start]
-    return diagonal, slice(start + rows.start, start + rows.stop)
+    offset = start + logits.partner_offset
+    diagonal = strip.diagonal(offset)  # empty beyond the last column
+    first = start + max(0, -offset)
+    return diagonal, slice(first, first + len(diagonal))
 
 
 def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> BlockLse:
@@ -100,9 +108,8 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
     pair_logits, row_lse, column_sum = zeros(n), zeros(n), zeros(m * logits.symmetric)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     column_max = torch.full_like(column_sum, limits.min)
-    memory = shared.values if shared is not None else zeros(0)
-    memory = memory if memory.numel() else _buffer(logits)
-    for start, stop, _, strip in _logit_strips(logits, column_features, memory):
+    kept = None if shared is None else shared.values
+    for start, stop, _, strip in _logit_strips(logits, column_features, kept):
         strip_pair_logits, paired_rows = _pairs(strip, start, logits)
         # NaN instead of an infinite logit, which would look perfectly matched.
         pair_logits[paired_rows] = strip_pair_logits + (strip_pair_logits - strip_pair_logits)
@@ -165,20 +172,18 @@ def contrastive_grads(
     if shared is not None:
         row_max = shared.row_max[:, None]
         top = row_max.max()
+        limit = math.log(torch.finfo(top.dtype).max) - 1
         # False if it is NaN, because the exponentials are not shared after all.
-        largest = top - (column_lse.min() if logits.symmetric else top)
-        if not largest < math.log(torch.finfo(top.dtype).max) - 1:
+        if logits.symmetric and not top - column_lse.min() < limit:
             shared = None
-    is_kept, buffer, memory = False, _buffer(logits), _buffer(logits)
+    is_kept, buffer, kept = False, _buffer(logits), None
     if shared is not None:
         # exp(l_ij - r_i) + exp(l_ij - c_j) = E_ij (exp(m_i - r_i) + exp(m_i - t) exp(t - c_j))
         row_weights, top_weights = (row_max - row_lse).exp_(), (row_max - top).exp_()
         column_weights = (top - column_lse).exp_()
-        is_kept = shared.values.numel() > 0
-        memory = shared.values if is_kept else memory
-    for start, stop, strip_features, strip in _logit_strips(
-        logits, column_features, memory, is_kept
-    ):
+        kept = shared.values
+        is_kept = kept.numel() > 0
+    for start, stop, strip_features, strip in _logit_strips(logits, column_features, kept, is_kept):
         gradient = buffer[: stop - start]
         if shared is None:
             torch.sub(strip, row_lse[start:stop], out=gradient).exp_()
@@ -295,30 +300,30 @@ def elementwise_terms(
     products = _Products(logits, column_features, factor, needs, scale.dtype)
     sums = scale.new_zeros(2)
     loss, g_sum = sums
-    buffer, memory = _buffer(logits), _buffer(logits)
-    for start, stop, strip_features, strip in _logit_strips(logits, column_features, memory):
+    buffer = _buffer(logits)
+    for start, stop, strip_features, strip in _logit_strips(logits, column_features):
         strip.add_(logit_bias)
         pairs = _pairs(strip, start, logits)[0]
         pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
         same = same_ids_but_pairs(logits, start, stop)
-        is_positive = same if logits.positives else None
         if same is not None and not logits.positives:
             strip.masked_fill_(same, -torch.inf)
-        _negate_positives(strip, start, logits, is_positive)
+            same = None
+        _negate_positives(strip, start, logits, same)
         loss.add_(value(strip).sum())
         if any(needs):
             gradient = derivative(strip, out=buffer[: stop - start])
-            _negate_positives(gradient, start, logits, is_positive)
+            _negate_positives(gradient, start, logits, same)
             g_sum.add_(gradient.sum())
             products.add(start, stop, strip_features, gradient)
     return sums, products.gradients()
 
 
-def _negate_positives(x: Tensor, start: int, logits: Logits, is_positive: Tensor | None) -> None:
+def _negate_positives(x: Tensor, start: int, logits: Logits, others: Tensor | None) -> None:
     """Negate the pairs of a strip, in place, and the other positives."""
     _pairs(x, start, logits)[0].neg_()
-    if is_positive is not None:
-        torch.where(is_positive, -x, x, out=x)
+    if others is not None:
+        torch.where(others, -x, x, out=x)
 
 
 def _u_and_v_strips(
@@ -326,8 +331,9 @@ def _u_and_v_strips(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each strip: its rows, and U = I + T and V = I - T in the accumulation dtype."""
     (n, d), dtype = image_features.shape, accumulation_dtype(image_features.dtype)
-    for bounds in strips(n, rows_per_strip(4 * d, image_features.device)):
-        rows = slice(*bounds)
+    height = rows_per_strip(4 * d, image_features.device)
+    for start in range(0, n, height):
+        rows = slice(start, start + height)
         image, text = image_features[rows].to(dtype), text_features[rows].to(dtype)
         yield rows, image + text, image - text
 
@@ -370,8 +376,8 @@ def cyclic_grads(
     a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
     # With equal weights C has no share. (On a GPU the host would wait to see that.)
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
-    image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
-    text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
+    image_grad = empty_grad_like(image_features, needs_image)
+    text_grad = empty_grad_like(text_features, needs_text)
     for rows, u, v in _u_and_v_strips(image_features, text_features):
         u_grad, v_grad = u @ a_grad, v @ b_grad
         if with_cross:

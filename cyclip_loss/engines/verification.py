@@ -24,11 +24,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from cyclip_loss.engines import eager
 from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
-from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
+from cyclip_loss.numerics import (
+    MAX_DIVISOR,
+    divisor_of,
+    float32_is_exact,
+    is_capturing,
+    tensors_of,
+)
 from cyclip_loss.usage_warnings import warn_once
 
 # Scalars of the small batch, by argument.
@@ -67,7 +73,7 @@ class VerifiedKernels:
         with _one_comparison:  # autograd has a thread for each device
             trusted = self.problem is None and (
                 layout in self.agreed
-                or is_capturing(tree_leaves(arguments)[0])
+                or is_capturing(tensors_of(arguments)[0])
                 or self._agrees(layout, arguments)
             )
         return getattr(self.kernels if trusted else eager, function)(*arguments)
@@ -116,7 +122,7 @@ class VerifiedKernels:
                 warnings.simplefilter("ignore")  # they may be errors
                 batch = self.small_batch(function, arguments)
                 self._check(function, batch)
-                for tensor in [x for x in _tensors(batch) if x.numel() > 1][:2]:
+                for tensor in [x for x in tensors_of(batch) if x.numel() > 1][:2]:
                     # The middle of the first two features or vectors is NaN in turn.
                     middle = tuple(size // 2 for size in tensor.shape)
                     kept = tensor[middle].clone()
@@ -130,8 +136,8 @@ class VerifiedKernels:
         """Raise an error if a result is off by more than `bound` of its largest element."""
         exact = self.dtype == torch.float32 and float32_is_exact()
         bound = 2.0**-14 if exact else 2.0**-6
-        expected = _tensors(getattr(eager, function)(*tree_map_only(Tensor, _widened, batch)))
-        results = _tensors(getattr(self.kernels, function)(*batch))
+        expected = tensors_of(getattr(eager, function)(*tree_map_only(Tensor, _widened, batch)))
+        results = tensors_of(getattr(self.kernels, function)(*batch))
         for result, right in zip(results, expected, strict=True):
             largest = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
             torch.testing.assert_close(
@@ -145,10 +151,8 @@ class VerifiedKernels:
         if function == "contrastive_grads":  # about what a loss gives for these logits
             logits = tree_map_only(Tensor, _widened, batch[0])
             lse = eager.contrastive_lse(logits)
-            row_lse = torch.logaddexp(lse.of_rows, lse.pair_logits)
-            pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
             unit = torch.full_like(logits.logit_scale, -1.5)
-            saved = row_lse, lse.of_columns + 0.5, pair_gradient, unit
+            saved = lse.of_rows, lse.of_columns + 0.5, -torch.sigmoid(lse.pair_logits - 5), unit
             batch[1] = SavedStatistics(*(x.float() for x in saved))
         return batch
 
@@ -204,7 +208,7 @@ def layout_of(value: Any) -> Any:
             return value.dtype, divisor_of(value.shape[1]), *_strides_class(value)
         return value.ndim, value.device.type, value.numel() == 0
     if isinstance(value, (tuple, list)):
-        return (len(value), *map(layout_of, value))
+        return tuple(map(layout_of, value))
     if value is None or isinstance(value, (bool, str)):
         return value
     return value if value == NO_PAIRS else _sign(value)
@@ -234,10 +238,6 @@ def _with_strides_of(example: Tensor, features: Tensor) -> Tensor:
     offset = 0 if aligned else 1
     memory = features.new_empty(n * (d + gap) + offset)
     return memory[offset:].view(n, d + gap)[:, :d].copy_(features)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _widened(tensor: Tensor) -> Tensor:

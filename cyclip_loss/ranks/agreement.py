@@ -48,8 +48,7 @@ def check_ranks_agree(
         # Not in eager mode: this imports PyTorch's compiler, and with it functions whose default
         # arguments keep the default process group alive after its destruction. Gloo's threads
         # would run on, and may abort a process that ends soon.
-        disable: Any = torch.compiler.disable
-        compare = disable(_compare)
+        compare = torch.compiler.disable(_compare)  # type: ignore[no-untyped-call]
     return compare(ranks, features, num_rows, signature, options)  # type: ignore[no-any-return]
 
 
@@ -92,7 +91,7 @@ def _compare(
     device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device
     # Always three numbers of rows, so that all functions gather the same shape.
     sent = [int.from_bytes(digest, "big"), *num_rows.values(), 0, 0][:4]
-    own_numbers = torch.tensor([sent], dtype=torch.int64, device=device)
+    own_numbers = torch.tensor([sent], device=device)  # int64
     gathered = finish_gather(start_gather(own_numbers, ranks), own_numbers, ranks)
     digests, *counts = zip(*gathered.tolist(), strict=True)
 

@@ -76,7 +76,7 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can
     # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
-    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not is_traced(block)):
+    if is_gloo_on_gpu(block, ranks) or not is_traced(block):
         out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
         gather = _collectives.all_gather_into_tensor_out
         return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]
@@ -99,9 +99,7 @@ def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """This rank's own rows of the sum across ranks of `partial`, (N, D)."""
     if ranks.counts is not None:
         partial = torch.cat([padded(block, ranks) for block in torch.split(partial, ranks.counts)])
-    own: Tensor = wait(
-        _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
-    )
+    own = wait(_collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name))
     return own if ranks.counts is None else own[: ranks.counts[ranks.rank]]
 
 
@@ -114,12 +112,12 @@ def padded(block: Tensor, ranks: Ranks) -> Tensor:
 
 
 def start_hop(blocks: list[Tensor], ranks: Ranks) -> Callable[[], list[Tensor]]:
-    """Send blocks to the next rank of a ring, and receive the previous rank's.
+    """Send blocks, contiguous, to the next rank of a ring, and receive the previous rank's.
 
     Returns a function that waits for them (on CUDA the stream does, not the host) and returns what
     was received.
     """
-    sent = [block.contiguous() for block in blocks]  # kept until they are sent
+    sent = list(blocks)  # kept until they are sent
     received = [torch.empty_like(block) for block in sent]
     works: list[Any] = []
     if sent:

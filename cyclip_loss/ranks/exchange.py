@@ -66,7 +66,7 @@ def _ring_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> 
     row_lse = scale.new_full((num_rows,), -torch.inf, dtype=torch.float64)
     pair_logits = scale.new_zeros(num_rows)
 
-    def column_part(block: Logits, _: Tensor | None) -> Tensor:
+    def column_part(block: Logits) -> Tensor:
         part = block_lse(block)
         torch.logaddexp(row_lse, part.of_rows, out=row_lse)
         pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
@@ -92,7 +92,7 @@ def _ring_gradients(
     row_grad = new.new_zeros(logits.row_features.shape if needs_rows else (0,))
     scale_grad = new.new_zeros(() if needs_scale else (0,))
 
-    def column_part(block: Logits, column_lse: Tensor | None) -> Tensor:
+    def column_part(block: Logits, column_lse: Tensor | None = None) -> Tensor:
         block_saved = saved if column_lse is None else saved._replace(column_lse=column_lse)
         rows, columns, scale = block_grads(block, block_saved)
         row_grad.add_(rows)  # both are empty if not needed, as is the scale's gradient
@@ -110,15 +110,16 @@ def _ring(
     logits: Logits,
     column_lse: Tensor | None,
     total: Tensor,
-    column_part: Callable[[Logits, Tensor | None], Tensor],
+    column_part: Callable[..., Tensor],
     combine: Callable[[Tensor, Tensor], Any],
     ranks: Ranks,
 ) -> Tensor:
     """Send columns around the ring; return the total over ranks for this rank's columns.
 
     column_lse: log-sum-exps that travel with the columns, or None. total: the initial value of the
-    total, padded; empty if none is wanted. `column_part(block, column_lse)` returns this rank's
-    part for the columns that are here, which `combine` adds to their total in place.
+    total, padded; empty if none is wanted. column_part: given the block of the columns that are
+    here, and their log-sum-exps if these travel, returns this rank's part for them, which `combine`
+    adds to their total in place.
     """
     num_columns, is_summed = logits.column_features.shape[0], total.numel() > 0
     first_column = ranks.first_row(ranks.rank, num_columns)
@@ -139,7 +140,7 @@ def _ring(
                 column_ids=None if logits.column_ids is None else logits.column_ids[start:end],
                 partner_offset=logits.partner_offset + first_column - start,
             )
-            part = column_part(block, lse[0] if lse else None)
+            part = column_part(block, *lse)
         received = finish()
         if is_summed and step > 0:
             total = received.pop()
@@ -147,8 +148,7 @@ def _ring(
             combine(total[:count], part)
         if not is_last:
             blocks = received
-        # Free these, each as large as a block, before the next step allocates its own.
-        del part, received, finish, sent
+        del part  # as large as a block: free it before the next step allocates its own
     return start_hop([total], ranks)()[0][:num_columns] if is_summed else total
 
 

@@ -38,12 +38,18 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
-from cyclip_loss.logits import Gradients, Logits, SavedStatistics, SharedExponentials
+from cyclip_loss.logits import (
+    Gradients,
+    Logits,
+    SavedStatistics,
+    SharedExponentials,
+    empty_grad_like,
+)
 from cyclip_loss.numerics import is_traced
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.operators import Operator, empty_grad_like
+from cyclip_loss.terms.operators import Operator
 from cyclip_loss.terms.positives import Positives
 
 
@@ -75,10 +81,7 @@ def start(batch: Batch, plan: Plan) -> list[Gathered]:
         if STRATEGIES[plan.strategy].gathers_columns:
             features = collectives.start_gather(logits.column_features, ranks)
         if logits.column_ids is not None:
-            if started and logits.partner_offset == 0:  # the ids of views are those of the pairs
-                ids = started[0].ids
-            else:
-                ids = collectives.start_gather(logits.column_ids, ranks)
+            ids = collectives.start_gather(logits.column_ids, ranks)
         started.append(Gathered(features, ids))
     return started
 
@@ -295,8 +298,9 @@ def _backward(
     float32_grads = ranks.size > 1 or logits.positives
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
-        grads: Gradients = contrastive_grads(block, saved, needs, float32_grads)
-        return grads
+        return contrastive_grads(  # type: ignore[no-any-return]
+            block, saved, needs, float32_grads
+        )
 
     if other_grad is not None:
         positives = Positives(logits.column_ids)

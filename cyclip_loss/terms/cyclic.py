@@ -21,11 +21,12 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
+from cyclip_loss.logits import empty_grad_like
 from cyclip_loss.numerics import accumulation_dtype, is_traced
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.operators import Operator, empty_grad_like
+from cyclip_loss.terms.operators import Operator
 
 TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 
@@ -86,36 +87,35 @@ def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Te
     num_pairs, d = image_features.shape
     if plan.penalties == "none":
         return {}
+    dtype = accumulation_dtype(image_features.dtype)
     if plan.penalties == "zero":
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
-        zero = image_features[:0].sum() + text_features[:0].sum()
-        zero = zero.to(accumulation_dtype(zero.dtype))
+        zero = (image_features[:0].sum() + text_features[:0].sum()).to(dtype)
         penalties = [zero, zero.clone()] if plan.output_dict else [zero]
-    elif grams is not None:
-        if ranks.size > 1:
+    else:
+        if grams is not None and ranks.size > 1:
             summed = collectives.wait(grams)
             grams, num_pairs = summed[:-1].view(-1, d, d), summed[-1]
-        differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, ranks.size, plan.engine
-        )
-        weights = _weights(image_features, options, num_pairs)
-        penalties = penalties_of(differentiable, weights, plan.output_dict)
-    else:
-        weights = _weights(image_features, options, num_pairs)
-        penalties = dense.cyclic_terms(
-            image_features, text_features, weights, plan.with_cross, plan.output_dict
-        )
+        one: Any = 1.0
+        # torch.compile would make constants of numbers that are combined with each other.
+        if is_traced(image_features):
+            one = image_features.new_ones((), dtype=dtype)
+        weights = options.weights(num_pairs, one)
+        if grams is None:
+            penalties = dense.cyclic_terms(
+                image_features, text_features, weights, plan.with_cross, plan.output_dict
+            )
+        else:
+            differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
+                image_features, text_features, grams, ranks.size, plan.engine
+            )
+            one_by_one = (weights[0], 0.0), (0.0, weights[1])
+            penalties = [
+                _WeightedSum.apply(*x, *differentiable)  # type: ignore[no-untyped-call]
+                for x in (one_by_one if plan.output_dict else [weights])
+            ]
     names = TERMS if plan.output_dict else ("cyclic_loss",)
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
-
-
-def _weights(features: Tensor, options: PenaltyOptions, num_pairs: Any) -> tuple[Any, Any]:
-    """The weights of N * P_in and N * P_cross, as numbers or tensors."""
-    one: Any = 1.0
-    # torch.compile would make constants of numbers that are combined with each other.
-    if is_traced(features):
-        one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
-    return options.weights(num_pairs, one)
 
 
 class _GramMatrices(torch.autograd.Function):
@@ -147,31 +147,21 @@ class _GramMatrices(torch.autograd.Function):
         return (*found, None, None, None)
 
 
-def penalties_of(
-    grams: tuple[Tensor, ...], weights: tuple[Any, Any], output_dict: bool
-) -> list[Tensor]:
-    """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
+class _WeightedSum(torch.autograd.Function):
+    """The sum of N * P_in and N * P_cross, each times its weight (Goel et al. 2022, eq. 2 and 3).
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    grams: A, B and, if needed, C, (D, D), summed over ranks; weights: of N * P_in and of
-    N * P_cross, numbers or scalars. Without C they are equal, and only the sum is wanted.
-    """
-    found = [(weights[0], 0.0), (0.0, weights[1])] if output_dict else [weights]
-    return [
-        _Products.apply((x + y) / 2, (x - y) / 2, *grams)  # type: ignore[no-untyped-call]
-        for x, y in found
-    ]
-
-
-class _Products(torch.autograd.Function):
-    """x <A, B>_F + y <C, C^T>_F, a sum of squares, from numbers or scalars x and y.
-
-    Forward computes the gradients, because that takes fewer launches than autograd's formulas.
+    weights: numbers or scalars; A, B and, unless the weights are equal, C: (D, D), summed over
+    ranks. Forward computes the gradients, because that takes fewer launches than autograd's
+    formulas.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, y: Any, a: Tensor, b: Tensor, *c: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, inmodal: Any, crossmodal: Any, a: Tensor, b: Tensor, *c: Tensor
+    ) -> Tensor:
+        x, y = (inmodal + crossmodal) / 2, (inmodal - crossmodal) / 2
         grads = [*torch._foreach_mul([b, a], x), *[m.T.contiguous() * (2 * y) for m in c]]
         ctx.save_for_backward(*grads)
         total = torch.dot(a.view(-1), grads[0].view(-1))

@@ -60,7 +60,10 @@ def cyclic_terms(
     with_cross: bool,
     output_dict: bool,
 ) -> list[Tensor]:
-    """The weighted penalties, as in `cyclic.penalties_of`. Features: (N, D)."""
+    """Both weighted penalties if `output_dict`, else [their sum]. Features: (N, D).
+
+    weights: of N * P_in and N * P_cross. They are equal unless `with_cross`.
+    """
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)

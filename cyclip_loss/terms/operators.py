@@ -14,9 +14,8 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils._pytree import tree_leaves
 
-from cyclip_loss.numerics import is_traced, without_autocast
+from cyclip_loss.numerics import is_traced, tensors_of, without_autocast
 
 
 class Operator:
@@ -84,7 +83,7 @@ def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    tensors = tensors_of(arguments)
     return _FirstDerivativesOnly.apply(function, arguments, *tensors)  # type: ignore[no-untyped-call]
 
 
@@ -108,8 +107,3 @@ class _FirstDerivativesOnly(torch.autograd.Function):
             "The functions of cyclip_loss.reference have all derivatives, but build N x N matrices "
             "(more: docs/troubleshooting.md)"
         )
-
-
-def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
-    """An uninitialised gradient of these features, without elements if it is not needed."""
-    return features.new_empty(features.shape if needed else (0,))

@@ -91,12 +91,12 @@ def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:
     if m == 0:  # a rank without rows
         return wide.new_zeros(len(wanted), features.shape[1])
     ordered, order = ids.sort(stable=True)
-    # The number of the run of equal ids that each ordered id belongs to, from 0.
-    run = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
+    # Where the first of the ids that are equal to each ordered id is. The others have no sum.
+    first = torch.searchsorted(ordered, ordered)
     if features.is_cuda:
-        lengths = torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))
+        lengths = torch.zeros_like(first).scatter_add_(0, first, torch.ones_like(first))
         sums = torch.segment_reduce(wide[order], "sum", lengths=lengths, unsafe=True)
     else:
-        sums = torch.zeros_like(wide).index_add_(0, run, wide[order])
+        sums = torch.zeros_like(wide).index_add_(0, first, wide[order])
     place = torch.searchsorted(ordered, wanted).clamp_(max=m - 1)
-    return sums[run[place]].masked_fill_((ordered[place] != wanted)[:, None], 0)
+    return sums[place].masked_fill_((ordered[place] != wanted)[:, None], 0)
