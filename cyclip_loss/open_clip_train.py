@@ -70,11 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise SystemExit(1)
         except UnsuitableLoss as error:
             raise SystemExit(f"cyclip_loss: {error}") from error
-        except ValueError as error:
-            if "device_ids" not in str(error):
-                raise
-            problem = "cyclip_loss: OpenCLIP 3 can't train with several ranks on a CPU; 4 can"
-            raise SystemExit(problem) from error
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
