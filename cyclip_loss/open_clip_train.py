@@ -163,8 +163,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         PenaltyOptions(**penalty_options(ours))
     except ValueError as error:
-        option, _, problem = str(error).partition(" ")
-        parser.error(f"--{option.replace('_', '-')} {problem}")
+        parser.error(str(error))
     return ours, theirs
 
 
