@@ -359,15 +359,11 @@ class WithCyclicPenalty(CyclicPenalty):
     def _features_of(self, args: Any, kwargs: Any) -> Any:
         """The image and text features among the arguments of a call."""
         _check_wrapped(self.loss, self.features)  # they may have been set
-        if not callable(self.features):
-            bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
-            bound.apply_defaults()
-            return [bound.arguments[name] for name in self.features]
-        features = self.features(*args, **kwargs)
-        if not isinstance(features, (tuple, list)) or len(features) != 2:
-            got = type(features).__name__
-            raise UnsuitableLoss(f"features must return the image and the text features, got {got}")
-        return features
+        if callable(self.features):
+            return self.features(*args, **kwargs)
+        bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return [bound.arguments[name] for name in self.features]
 
 
 def _check_wrapped(loss: Any, features: Any) -> None:
