@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options
@@ -211,6 +210,7 @@ class ClipLoss(CyCLIPLoss):
             `CyCLIPLoss`.
         options: keywords of `CyCLIPLoss`: `same_ids`, `uneven`, `dist_impl`, `impl` and others.
 
+    >>> import torch
     >>> loss_fn = ClipLoss(local_loss=True, gather_with_grad=True)
     >>> print(loss_fn(torch.eye(3), torch.eye(3), logit_scale=10.0))
     tensor(9.0796e-05)
@@ -258,6 +258,7 @@ class CyclicPenalty(Module):
         reference_batch_size: multiplies both by reference_batch_size / N.
         centered, process_group, distributed, impl: as in `CyCLIPLoss`.
 
+    >>> import torch
     >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1)
     >>> print(CyclicPenalty()(features, features))  # the same geometry in both towers
     tensor(0.)
@@ -333,13 +334,10 @@ class WithCyclicPenalty(CyclicPenalty):
         for value in values or [terms]:
             got = type(value).__name__
             if isinstance(value, Tensor):
-                got += f" {tuple(value.shape)} of {value.dtype} on {value.device}"
-                is_number = value.dtype != torch.bool and not value.is_complex()
-                is_term = is_number and value.numel() == 1
-                # The sum of a number and a meta tensor, which has no value, would be a meta tensor.
-                is_term &= value.is_meta == image_features.is_meta
+                got += f" {tuple(value.shape)}"
+                is_term = value.numel() == 1
             else:  # CoCaLoss returns an integer 0 for a term without weight
-                is_term = isinstance(value, (int, float)) and not isinstance(value, bool)
+                is_term = isinstance(value, (int, float))
             if not is_term:
                 raise UnsuitableLoss(self._not_terms(got))
         if isinstance(terms, dict):
