@@ -98,9 +98,7 @@ def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -
     if logit_scale is None:
         return
     scale = float(logit_scale.detach())
-    if not 0 < scale < torch.inf:
-        warn_once("scale", f"logit_scale must be finite and > 0, got {scale:.3g}")
-    elif scale < LEAST_SCALE:
+    if not LEAST_SCALE <= scale < torch.inf:
         warn_once(
             "scale",
             f"logit_scale is {scale:.3g}, where CLIP's is from 14.3 to 100. If it is a logarithm, "

@@ -23,7 +23,7 @@ def messages(call):
 
 
 ROWS = torch.eye(4, device="cpu")
-STRONG, LENGTHS, SCALE = "as strong as", "from 1 to 7", "must be finite and > 0, got"
+STRONG, LENGTHS = "as strong as", "from 1 to 7"
 # A module, the number of pairs, changes of the arguments, and a part of the only warning. `long`
 # stands for texts of which one is 7 times as long.
 CASES = [
@@ -41,7 +41,7 @@ CASES = [
     (WithCyclicPenalty(PlainClip()), 8, {"text_features": "long"}, LENGTHS),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),  # ln 100
     (CyCLIPLoss(), 8, {"image_features": torch.full((8, 4), torch.nan)}, ""),
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, f"{SCALE} nan"),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, "logit_scale is nan"),
 ]
 
 
