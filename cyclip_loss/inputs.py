@@ -326,12 +326,8 @@ def caption_ids(tokens: Tensor) -> Tensor:
     Raises:
         TypeError: `tokens` is not an integer tensor of two dimensions.
     """
-    must = "tokens must be an integer tensor (N, context length), got"
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"{must} {type(tokens).__name__}")
-    _check_dense("tokens", tokens, "to_local")  # first: a nested tensor has no shape
-    if tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
-        raise TypeError(f"{must} {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
+        raise TypeError(f"tokens must be an integer tensor (N, context length), got {tokens!r:.80}")
     # Powers of an odd number modulo 2^64, at which products and sums wrap around.
     weights = torch.full((tokens.shape[1],), 0x5BD1E995, device=tokens.device).cumprod(0)
     return (tokens.long() * weights).sum(dim=1)
