@@ -156,8 +156,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--seconds", type=int, default=300, help="in total (default: 300)")
     options = parser.parse_args(arguments)
-    if min(sizes := (options.n, options.d, options.seconds)) < 1:
-        parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if find_spec("triton") is None or not (kernels.INTERPRETED or architecture(device)):
         parser.error(
@@ -172,7 +170,9 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"{file} can't be changed: {error!r}")
     dtypes = [getattr(torch, name) for name in options.dtype]
     lines = [f"\n{'kernel':42} shipped ms  best ms  tile"]
-    for key, shipped_ms, best_ms, tile in tune(device, dtypes, *sizes):
+    for key, shipped_ms, best_ms, tile in tune(
+        device, dtypes, options.n, options.d, options.seconds
+    ):
         lines.append(f"{key:42} {shipped_ms:10.3f} {best_ms:8.3f}  {tile}")
         if file:
             remember(file, device, {key: asdict(tile)})
