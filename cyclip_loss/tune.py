@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from triton.testing import do_bench
 
+import cyclip_loss.kernels as kernels
 from cyclip_loss.engines import verified
 from cyclip_loss.engines.eager import ELEMENTWISE
 from cyclip_loss.engines.verification import described
+from cyclip_loss.kernels import configs
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import architecture
-
-if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
-    from triton.testing import do_bench
-
-    import cyclip_loss.kernels as kernels
-    from cyclip_loss.kernels import configs
 
 DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # a smaller gain is noise: keep the shipped tile
@@ -148,7 +144,7 @@ def remember(file: Path, device: torch.device, choices: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Tune, keep what wins, print the table.
 
-    SystemExit says what is missing: Triton, a GPU with kernels, or a file that can be changed.
+    SystemExit without a GPU that has kernels.
     """
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
@@ -157,10 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=int, default=300, help="in total (default: 300)")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if find_spec("triton") is None or not (kernels.INTERPRETED or architecture(device)):
+    if not (kernels.INTERPRETED or architecture(device)):
         parser.error(
-            "no Triton, or no GPU on which the kernels run. To try the command without a GPU, and "
-            "keep nothing: TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
+            "no GPU on which the kernels run. To try the command without a GPU, and keep nothing: "
+            "TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
         )
     file = None if kernels.INTERPRETED else configs.tiles_file()
     if file:
