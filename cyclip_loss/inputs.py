@@ -23,6 +23,7 @@ from cyclip_loss.options import (
     ContrastiveOptions,
     Options,
     PenaltyOptions,
+    boolean,
     number,
 )
 from cyclip_loss.ranks.agreement import check_ranks_agree
@@ -41,11 +42,9 @@ def prepare_pairs(
     image_features: Tensor,
     text_features: Tensor,
     output_dict: bool,
-    hint: str = "pass no logit scale",
 ) -> Batch:
     """The batch of a call of the penalties alone. Raises as `CyCLIPLoss`."""
-    if not isinstance(output_dict, bool):
-        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: {hint}")
+    boolean("output_dict", output_dict)
     ranks = ranks_of(options.process_group, options.distributed)
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     return Batch(*pair, ranks)
@@ -72,10 +71,7 @@ def prepare(
     symmetric: whether the texts have log-sum-exps, too; further: ids, and augmented and negative
     features, by their argument's name.
     """
-    hint = "pass lambdas to the constructor, and ids by keyword"
-    images, texts, ranks, *_ = prepare_pairs(
-        options, image_features, text_features, output_dict, hint
-    )
+    images, texts, ranks, *_ = prepare_pairs(options, image_features, text_features, output_dict)
     positives = False
     if isinstance(options, ContrastiveModule):
         _check_rank(options, ranks)

@@ -84,7 +84,7 @@ def call(**options):
     ("use", "error", "message"),
     [
         (lambda: CyCLIPLoss(0.25, 0.25, True), TypeError, "positional"),
-        (lambda: CyclicPenalty()(GOOD, GOOD, ONE), TypeError, "no logit scale"),
+        (lambda: CyclicPenalty()(GOOD, GOOD, ONE), TypeError, "output_dict must be True or False"),
         (lambda: contrastive_logsumexp(**GIVEN, one_way=1), TypeError, "one_way"),
         (lambda: engine_of(GOOD.long()), TypeError, "features"),
         (lambda: engine_of(GOOD[:0]), ValueError, "features"),
