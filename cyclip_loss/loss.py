@@ -371,10 +371,7 @@ def _check_wrapped(loss: Any, features: Any) -> None:
     if isinstance(loss, PenaltyOptions):
         raise UnsuitableLoss(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
-    is_two = isinstance(features, (tuple, list)) and len(features) == 2
-    if not callable(features) and not (
-        is_two and features[0] != features[1] and all(name in names for name in features)
-    ):
+    if not callable(features) and (len(set(features)) != 2 or not set(features) <= set(names)):
         raise UnsuitableLoss(
             f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
             "these names or a callable that returns the two from the call's arguments"

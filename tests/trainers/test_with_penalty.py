@@ -123,7 +123,7 @@ def test_a_result_that_cannot_be_summed_is_refused(returned, message, features):
         (CyCLIPLoss(), FEATURES, r"CyCLIPLoss\(.*\) has the cyclic penalties already"),
         (nn.CrossEntropyLoss(), FEATURES, r"takes \['input', 'target'\], not .*image_features"),
         (SigLipLoss, FEATURES, "loss must be a module"),
-        (SigLipLoss(), None, "pass features=, two of these names"),
+        (SigLipLoss(), FEATURES[:1], "pass features=, two of these names"),
         (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
     ],
 )
