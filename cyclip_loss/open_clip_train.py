@@ -17,7 +17,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -59,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as why:
         raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
     swap = _Swap(ours)
-    with ExitStack() as stack, register_optimizer_step_post_hook(swap.check):
-        for name in REPLACED:
-            if function := getattr(trainer, name, None):
-                replacement = partial(getattr(swap, name, swap.schedule), function)
-                stack.enter_context(patch.object(trainer, name, replacement))
+    replaced = {
+        name: partial(getattr(swap, name, swap.schedule), getattr(trainer, name))
+        for name in REPLACED
+        if hasattr(trainer, name)
+    }
+    with patch.multiple(trainer, **replaced), register_optimizer_step_post_hook(swap.check):
         try:
             if trainer.main(theirs):  # -1 after an error, which it has logged
                 raise SystemExit(1)
