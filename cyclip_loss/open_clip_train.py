@@ -288,7 +288,6 @@ class _Swap:
     def create_loss(self, make: Function, *args: Any, **kwargs: Any) -> Any:
         """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
-        their_name = type(theirs).__name__
         if self.options.loss:
             chosen = ChosenLoss(self.options.loss, self.options.loss_arguments)
             theirs = chosen.to(self.args.device)
@@ -308,7 +307,7 @@ class _Swap:
         else:
             self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
-        logging.info("Loss: %s instead of %s", self.loss, their_name)
+        logging.info("Loss: %s", self.loss)
         # The pairs of one call.
         total = self.args.batch_size * self.args.accum_freq * self.args.world_size
         grows = self.options.lambda_warmup or getattr(self.loss, "lambda_progress", False)
