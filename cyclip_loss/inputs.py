@@ -134,8 +134,8 @@ def prepare(
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
     """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
-    rank, world_size = max(options.rank, 0), max(options.world_size, 1)
-    fits = rank in (0, ranks.rank) and world_size in (1, ranks.size)
+    world_size = max(options.world_size, 1)
+    fits = options.rank in (0, ranks.rank) and world_size in (1, ranks.size)
     if options.distributed and not fits:
         raise ValueError(
             f"rank={options.rank} and world_size={options.world_size} were given, but this process "
