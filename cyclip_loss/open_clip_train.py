@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as why:
         raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
     swap = _Swap(ours)
-    replaced = {
+    replaced: dict[str, Any] = {
         name: partial(getattr(swap, name, swap.schedule), getattr(trainer, name))
         for name in REPLACED
         if hasattr(trainer, name)
