@@ -324,7 +324,6 @@ def test_unsupported_runs_stop_with_one_line(settings, given, message, monkeypat
         ("--lambda-progress", "--loss=math:pi", "excludes --lambda-warmup, --loss and --siglip"),
         ("--lambda-inmodal", "-1", "lambda_inmodal must be finite and >= 0"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
-        ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
         ("--lambda-progress", "--lambda-warmup=2", "excludes --lambda-warmup, --loss and --siglip"),
         ("--lambda-inmodl", "0.5", "unrecognized arguments: --lambda-inmodl 0.5"),
