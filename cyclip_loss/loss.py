@@ -58,8 +58,7 @@ class CyCLIPLoss(ContrastiveModule):
         distributed: False: the loss of this rank's own rows, without communication, for example for
             an evaluation on one rank only.
         dist_impl: how the text features reach the other ranks: "gather", or "ring" for O(n D)
-            memory with n rows per rank. On GPUs "ring" needs nccl. `CySigLIPLoss` lists OpenCLIP's
-            names for them.
+            memory with n rows per rank. On GPUs "ring" needs nccl.
         same_ids: what rows with the same id in `ids` are to each other: "ignored", or "positives".
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange their
             row counts in every call, and the host waits.

@@ -136,7 +136,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add(
         "--dist-impl",
         "--loss-dist-impl",  # OpenCLIP's
-        choices=(*DIST_IMPLS, *SIGLIP_DIST_IMPLS),
+        type=lambda name: SIGLIP_DIST_IMPLS.get(name, name),
+        choices=DIST_IMPLS,
         default="gather",
         help="across ranks (CLIP and SigLIP); bidir and shift are taken as ring, reduce as gather",
     )
@@ -295,7 +296,7 @@ class _Swap:
             if self.options.same_captions:
                 self.loss.same_ids = self.options.same_captions
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
-        elif self.options.same_captions or self.options.dist_impl != "gather":
+        elif self.options.same_captions or self.options.dist_impl == "ring":
             raise SystemExit(
                 "cyclip_loss: --same-captions and --dist-impl need CLIP's or SigLIP's loss"
             )

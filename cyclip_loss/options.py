@@ -88,7 +88,7 @@ def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
     return check
 
 
-def exchange(name: str, value: Any) -> str:
+def siglip_dist_impl(name: str, value: Any) -> str:
     """The strategy for a name of ours or of `open_clip.SigLipLoss`; None is its default."""
     known = "bidir" if value is None else value
     one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, known)
@@ -155,7 +155,7 @@ class ContrastiveOptions(Options):
     """The options of the contrastive terms."""
 
     _: KW_ONLY
-    dist_impl: str = option("gather", exchange)
+    dist_impl: str = option("gather", one_of(DIST_IMPLS))
     uneven: bool = option(False, boolean)
 
 

@@ -71,6 +71,7 @@ class CySigLIPLoss(ContrastiveModule):
     lambda_inmodal: float = option(0.0, options.weight)
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
+    dist_impl: str = option("gather", options.siglip_dist_impl)
     chunk_size: int = option(0, options.integer, same_on_all_ranks=False)
 
     def forward(
