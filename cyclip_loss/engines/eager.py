@@ -348,7 +348,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     grams = image_features.new_zeros(3 if with_cross else 2, d, d, dtype=dtype)
     # A and B are symmetric: each block of rows is computed from the diagonal on, then mirrored.
     height = GRAM_ROWS if image_features.is_cpu else d
-    blocks = [slice(*bounds) for bounds in strips(d, height)]
+    blocks = [slice(start, start + height) for start in range(0, d, height)]
     for _, u, v in _u_and_v_strips(image_features, text_features):
         for gram, x in ((grams[0], u), (grams[1], v)):
             for rows in blocks:
