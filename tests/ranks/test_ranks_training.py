@@ -81,7 +81,7 @@ def rank_graphs(rank, world_size, steps, dist_impl, uneven):
 
 @pytest.mark.parametrize(
     ("dist_impl", "uneven"),
-    [("gather", False), pytest.param("ring", True, marks=pytest.mark.slow)],
+    [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
 def test_compiled_and_eager_loss_are_equal(uneven, dist_impl, ranks):
     """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
