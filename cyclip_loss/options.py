@@ -28,7 +28,7 @@ NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
 def number(name: str, value: Any, kind: str = "a number") -> float:
-    """The value as a float, or TypeError unless it is a number.
+    """The value as a float, or TypeError unless it is a number. Infinite if it is too large.
 
     Always a float: torch.compile treats an integer attribute as a constant, and a float as an
     input; and NumPy compares it with others without rounding them to the value's dtype.
@@ -36,7 +36,10 @@ def number(name: str, value: Any, kind: str = "a number") -> float:
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {kind}, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # Python's integers may be larger than floats
+        return inf
 
 
 def weight(name: str, value: Any) -> float:
@@ -64,8 +67,8 @@ def optional_batch_size(name: str, value: Any) -> float | None:
     if value is None:
         return None
     given = number(name, integer(name, value))
-    if given < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
+    if not 1 <= given < inf:
+        raise ValueError(f"{name} must be >= 1 and finite, got {value}")
     return given
 
 
