@@ -323,7 +323,9 @@ def caption_ids(tokens: Tensor) -> Tensor:
         TypeError: `tokens` is not an integer tensor of two dimensions.
     """
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
-        raise TypeError(f"tokens must be an integer tensor (N, context length), got {tokens!r:.80}")
+        is_tensor = isinstance(tokens, Tensor)
+        got = f"{tokens.dtype} of {tokens.ndim} dimensions" if is_tensor else type(tokens).__name__
+        raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
     # Powers of an odd number modulo 2^64, at which products and sums wrap around.
     weights = torch.full((tokens.shape[1],), 0x5BD1E995, device=tokens.device).cumprod(0)
     return (tokens.long() * weights).sum(dim=1)

@@ -83,8 +83,8 @@ class CyCLIPLoss(ContrastiveModule):
 
     Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
-    whose rows are not of unit length, or a logit scale below 5, which is probably a logarithm.
-    Compiled code gives no warning: call the loss once before `torch.compile`.
+    whose rows are not of unit length, or a logit scale that is not finite, or is below 5 and so
+    probably a logarithm. Compiled code gives no warning: call the loss once before `torch.compile`.
 
     Raises:
         TypeError: a lambda is not a number, or `reference_batch_size` is not an integer. Bools are
@@ -94,8 +94,8 @@ class CyCLIPLoss(ContrastiveModule):
 
     >>> import torch
     >>> loss_fn = CyCLIPLoss(reference_batch_size=128)
-    >>> image_features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
-    >>> text_features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> image_features = torch.nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> text_features = torch.nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
     >>> loss_fn(image_features, text_features, logit_scale=14.3).backward()
     >>> image_features.grad.shape
     torch.Size([8, 4])
@@ -259,7 +259,7 @@ class CyclicPenalty(Module):
         centered, process_group, distributed, impl: as in `CyCLIPLoss`.
 
     >>> import torch
-    >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1)
+    >>> features = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
     >>> print(CyclicPenalty()(features, features))  # the same geometry in both towers
     tensor(0.)
     """

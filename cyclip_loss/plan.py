@@ -52,7 +52,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     if may_be_dense and batch.ranks.size == 1:
         n, d = features.shape
         limit = DENSE_LIMIT * d
-        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 6.5 to 12.5 N D^2.
+        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 6 to 14 N D^2.
         if penalties == "gram" and n <= limit:
             penalties = "dense"
         columns = [x.column_features.shape[0] for x in logits]  # n at first

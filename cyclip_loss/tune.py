@@ -144,7 +144,7 @@ def remember(file: Path, device: torch.device, choices: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Tune, keep what wins, print the table.
 
-    SystemExit without a GPU that has kernels.
+    SystemExit without a GPU that has kernels, or if the file of tiles can't be changed.
     """
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")

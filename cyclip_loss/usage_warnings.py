@@ -71,8 +71,8 @@ def warn_of_penalties(options: Any, num_pairs: int) -> None:
             "strong penalties",
             f"lambda = {largest:g} in a batch of {num_pairs} is {times:.3g} times as strong as the "
             f"paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the "
-            f"batch. We advise reference_batch_size={ADVISED_BATCH_SIZE}, lambda_progress=True. If "
-            "you want the paper's formula: "
+            f"batch. We advise reference_batch_size={ADVISED_BATCH_SIZE}, lambda_progress=True, "
+            "centered=True. If you want the paper's formula: "
             "warnings.filterwarnings('ignore', category=cyclip_loss.CyCLIPWarning)",
         )
 
@@ -101,6 +101,6 @@ def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -
     if not LEAST_SCALE <= scale < torch.inf:
         warn_once(
             "scale",
-            f"logit_scale is {scale:.3g}, where CLIP's is from 14.3 to 100. If it is a logarithm, "
-            "as the parameter of CLIP's models is, pass logit_scale.exp()",
+            f"logit_scale is {scale:.3g}, where CLIP's is from 14.3 to 100. A small one may be a "
+            "logarithm, as the parameter of CLIP's models is: pass logit_scale.exp()",
         )

@@ -153,8 +153,8 @@ def multiplied_blocks(
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
     width = min(max(1, BLOCK_ELEMENTS // (height * bn)), ceil_div(m, bn)) * bn
     buffer = row_features.new_empty(height, width) if any(needs) else None
-    # If one block holds all of G, the products are the gradients. (Not interpreted: on a CPU,
-    # PyTorch 2.8 sums a product of one bfloat16 row in bfloat16.)
+    # If one block holds all of G, the products are the gradients. The interpreter always sums in
+    # float32: on a CPU, PyTorch 2.8 sums a product of one bfloat16 row in bfloat16.
     is_sum = factor is not None or n > height or m > width or INTERPRETED
     dtype = torch.float32 if is_sum else grad_dtype
     row_grads: dict[int, Tensor] = {}  # by the first row of a strip

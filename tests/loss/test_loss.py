@@ -178,9 +178,13 @@ def test_the_matmul_precision_is_obeyed_and_not_changed(impl, precision, device)
         assert torch.get_float32_matmul_precision() == precision
 
 
+@pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[2:])
-def test_16_bit_matrices_multiplied_into_float32_are_accurate(dtype, monkeypatch, device):
-    """The eager engine uses such products on CUDA. This test imitates them."""
+def test_16_bit_matrices_multiplied_into_float32_are_accurate(dtype, adds, monkeypatch, device):
+    """The eager engine uses such products on CUDA. This test imitates them.
+
+    adds: whether such a product can be added to a matrix, as since PyTorch 2.11.
+    """
 
     def widening(original):
         def multiply(*matrices, out_dtype=None, **options):
@@ -188,10 +192,13 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(dtype, monkeypatch
 
         return multiply
 
+    def has_wide_products(x, added=False):
+        return x.element_size() == 2 and (adds or not added)
+
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, widening(getattr(torch, name)))
     for module in (numerics, rounding):
-        monkeypatch.setattr(module, "has_wide_products", lambda x, **_: x.element_size() == 2)
+        monkeypatch.setattr(module, "has_wide_products", has_wide_products)
     for function in ("cyclip", "siglip"):
         for frozen in ([], FEATURES[:1], FEATURES[1:]):
             given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
