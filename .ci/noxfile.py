@@ -57,8 +57,10 @@ def torch_of(version: str) -> tuple[str, ...]:
     """What the tests of the loss need, with this minor version of PyTorch and its Triton."""
     # The interpreter before Triton 3.7, which PyTorch 2.13 requires, needs an older NumPy.
     numpy = ["numpy<2.4"] if TORCH.index(version) < TORCH.index("2.13") else []
-    # The benchmarks require what these tests import. PyTorch for CPU brings no Triton.
-    needed = ("-r", "benchmarks/requirements.txt", "triton>=3.4; platform_system == 'Linux'")
+    # The benchmarks require what these tests import. PyTorch for CPU brings no Triton, and
+    # torch.compile of older versions imports setuptools.
+    triton = "triton>=3.4; platform_system == 'Linux'"
+    needed = ("-r", "benchmarks/requirements.txt", triton, "setuptools")
     return (*needed, f"torch=={version}.*", *numpy)
 
 
