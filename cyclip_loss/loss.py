@@ -300,10 +300,10 @@ class WithCyclicPenalty(CyclicPenalty):
     `loss` and `features` may be set between calls.
 
     Raises:
-        TypeError: `loss` is not a module, or has these penalties already; `features` does not match
-            it. A compiled loss has no names of arguments: wrap the original, and compile the
-            wrapper. When called: the loss returned something other than a number or terms of a sum,
-            such as one value per sample or a dict without terms. Else as `CyclicPenalty`.
+        TypeError: `loss` is not a module, is compiled (compile the wrapper) or has these penalties
+            already; `features` does not match it. When called: the loss returned something other
+            than a number or terms of a sum, such as one value per sample or a dict without terms.
+            Else as `CyclicPenalty`.
     """
 
     def __init__(
@@ -368,6 +368,8 @@ def _check_wrapped(loss: Any, features: Any) -> None:
     """Raise UnsuitableLoss unless `loss` can be wrapped and has the `features`."""
     if not isinstance(loss, nn.Module):
         raise UnsuitableLoss(f"loss must be a module, got {loss!r}")
+    if hasattr(loss, "_orig_mod"):
+        raise UnsuitableLoss("loss is compiled: wrap the original module, and compile the wrapper")
     if isinstance(loss, PenaltyOptions):
         raise UnsuitableLoss(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)

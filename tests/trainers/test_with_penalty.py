@@ -121,6 +121,7 @@ def test_a_result_that_cannot_be_summed_is_refused(returned, message, features):
     ("loss", "names", "message"),
     [
         (CyCLIPLoss(), FEATURES, r"CyCLIPLoss\(.*\) has the cyclic penalties already"),
+        (torch.compile(SigLipLoss(), backend="eager"), FEATURES, "compile the wrapper"),
         (nn.CrossEntropyLoss(), FEATURES, r"takes \['input', 'target'\], not .*image_features"),
         (SigLipLoss, FEATURES, "loss must be a module"),
         (SigLipLoss(), FEATURES[:1], "pass features=, two of these names"),
