@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.loss import CyCLIPLoss, UnsuitableLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, SIGLIP_DIST_IMPLS, PenaltyOptions
@@ -265,6 +266,11 @@ class _Swap:
 
     def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:
         """OpenCLIP's model, with a hook that keeps the captions for the loss."""
+        if self.options.impl == "triton":
+            try:
+                engines.choose("triton", torch.empty(1, 1, device=kw["device"]))
+            except (ImportError, ValueError) as error:  # ImportError: Triton is broken
+                raise SystemExit(f"cyclip_loss: --impl triton: {error}") from error
         made = make(*args, **kw)
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:

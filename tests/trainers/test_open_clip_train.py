@@ -177,7 +177,7 @@ class Trainer(ModuleType):
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
-        self.version = version
+        self.version, self.device = version, torch.device("cpu")
         self.rates, self.lambdas, self.terms = [], [], []
         for name in SCHEDULES:
             setattr(self, name, getattr(open_clip_schedules, name))
@@ -193,7 +193,7 @@ class Trainer(ModuleType):
 
     def main(self, argv):
         self.argv, args = argv, self.parse_args(argv)
-        model, *_ = self.create_model_and_transforms("tiny", output_dict=True)
+        model, *_ = self.create_model_and_transforms("tiny", device=self.device, output_dict=True)
         loss = self.loss = self.make_loss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         set_rate = getattr(self, args.schedule)(optimizer, *SCHEDULES[args.schedule])
@@ -334,6 +334,19 @@ def test_bad_flags_are_refused(flag, wrong, message, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         open_clip_train.main([flag, wrong])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
+    """It is asked for on the device that OpenCLIP gives this rank."""
+    monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
+    trainer, message = Trainer(ClipLoss()), "the kernels do not support meta"
+    trainer.device = torch.device("meta")
+    if is_broken:
+        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
+        message = "import of cyclip_loss.kernels halted"
+    with pytest.raises(SystemExit, match=f"^cyclip_loss: --impl triton: .*{message}"):
+        launch(trainer, monkeypatch, "--impl", "triton")
 
 
 @pytest.mark.parametrize("theirs", [ClipLoss, Other])
