@@ -86,6 +86,7 @@ def no_device(arch: str, is_exact: bool) -> Iterator[dict[str, tuple[Any, dict[s
     Triton's driver stays replaced, so nothing else in this process can use a GPU.
 
     is_exact: whether float32 products are.
+
     Yields, for each binary that is launched, the @triton.jit function and Triton's description.
     """
     binaries: dict[str, tuple[Any, dict[str, Any]]] = {}
