@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options
@@ -334,10 +335,13 @@ class WithCyclicPenalty(CyclicPenalty):
         for value in values or [terms]:
             got = type(value).__name__
             if isinstance(value, Tensor):
-                got += f" {tuple(value.shape)}"
-                is_term = value.numel() == 1
+                got += f" {tuple(value.shape)} of {value.dtype} on {value.device}"
+                is_number = value.dtype != torch.bool and not value.is_complex()
+                is_term = is_number and value.numel() == 1
+                # The sum of a number and a meta tensor, which has no value, would be a meta tensor.
+                is_term &= value.is_meta == image_features.is_meta
             else:  # CoCaLoss returns an integer 0 for a term without weight
-                is_term = isinstance(value, (int, float))
+                is_term = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_term:
                 raise UnsuitableLoss(self._not_terms(got))
         if isinstance(terms, dict):

@@ -12,11 +12,13 @@ a resumed pretraining may have another value, `reference_train/pretrain/resume.p
 
 import argparse
 import inspect
+import io
 import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from functools import partial
 from importlib import import_module
 from pkgutil import resolve_name
@@ -247,7 +249,12 @@ class _Swap:
 
     def parse_args(self, parse: Function, *args: Any) -> Any:
         """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
-        parsed = parse(*args)
+        errors = io.StringIO()
+        try:
+            with redirect_stderr(errors):
+                parsed = parse(*args)
+        except SystemExit as error:  # OpenCLIP would print the names of all its flags
+            raise SystemExit(error.code and errors.getvalue().rpartition("error: ")[2]) from error
         captions, warmup = self.options.same_captions, self.options.lambda_warmup
         problems = {
             "--horovod is not supported: use torchrun": getattr(parsed, "horovod", False),

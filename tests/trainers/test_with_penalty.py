@@ -105,9 +105,12 @@ def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(featu
     ("returned", "message"),
     [
         (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
-        (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,))"),
+        (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
+        (lambda loss: (loss, True), "bool"),
         (lambda loss: (loss, None), "NoneType)"),
         (lambda loss: {}, "dict)"),
+        (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
+        (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
 )
 def test_a_result_that_cannot_be_summed_is_refused(returned, message, features):
