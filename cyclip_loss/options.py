@@ -84,8 +84,7 @@ def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
 
     def check(name: str, value: Any) -> Any:
         if value not in choices:
-            allowed = ", ".join(map(str, choices))
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         return value
 
     return check
@@ -140,7 +139,7 @@ class Options:
 
     def of_all_ranks(self) -> dict[str, Any]:
         """The options that all ranks must set equally, by name."""
-        same = (f.name for f in fields(self) if f.metadata.get("same_on_all_ranks"))
+        same = [f.name for f in fields(self) if f.metadata.get("same_on_all_ranks")]
         return {name: getattr(self, name) for name in same}
 
 

@@ -21,7 +21,7 @@ from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.engines import eager
 from cyclip_loss.inputs import prepare, warn_of_mistakes
 from cyclip_loss.logits import Gradients, Logits, empty_grad_like
-from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.numerics import without_autocast
 from cyclip_loss.options import ContrastiveModule, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
@@ -177,7 +177,7 @@ def elementwise_loss(
 
 def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
     """The sum over all elements, without other positives: a scalar."""
-    dtype = accumulation_dtype(logits.row_features.dtype)
+    dtype = logits.logit_scale.dtype
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         products = row_features @ column_features.to(dtype).T

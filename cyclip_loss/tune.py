@@ -82,7 +82,7 @@ def calls(kernel: str, image: Tensor) -> Any:
             (logits, -10 * one, name, 0.5 / n, x) for x in needs for name in ELEMENTWISE
         ],
         "gram_matrices": [(image, text, True)],
-        "cyclic_grads": [(image, text, list(grams), [True, True])],
+        "cyclic_grads": [(image, text, list(grams))],
     }[kernel]
 
 

@@ -19,7 +19,6 @@ from cyclip_loss.kernels.tiles import (
     round_to_tf32,
     u_and_v,
 )
-from cyclip_loss.logits import empty_grad_like
 from cyclip_loss.numerics import on_device_of
 
 
@@ -46,10 +45,8 @@ def factors_kernel(
         factor = tl.load(a_grad + direct, inside, 0.0) + tl.load(a_grad + mirrored, inside, 0.0)
     elif matrix == 1:
         factor = tl.load(b_grad + direct, inside, 0.0) + tl.load(b_grad + mirrored, inside, 0.0)
-    elif matrix == 2:
-        factor = tl.load(c_grad + mirrored, inside, 0.0)
     else:
-        factor = tl.load(c_grad + direct, inside, 0.0)
+        factor = tl.load(c_grad + tl.where(matrix == 2, mirrored, direct), inside, 0.0)
     if PRECISION == "tf32":
         factor = round_to_tf32(factor)
     size = padded_d * padded_d
@@ -68,8 +65,6 @@ def cyclic_grads_kernel(
     image_stride,
     text_stride,
     WITH_CROSS: tl.constexpr,
-    NEEDS_IMAGE: tl.constexpr,
-    NEEDS_TEXT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
@@ -104,19 +99,16 @@ def cyclic_grads_kernel(
 
     offset = rows.to(tl.int64)[:, None] * d + columns[None, :]
     valid = (rows < n)[:, None]
-    if NEEDS_IMAGE:
-        grad = (u_grad + v_grad).to(image_grad.dtype.element_ty)
-        tl.store(image_grad + offset, grad, mask=valid)
-    if NEEDS_TEXT:
-        grad = (u_grad - v_grad).to(text_grad.dtype.element_ty)
-        tl.store(text_grad + offset, grad, mask=valid)
+    image_value = (u_grad + v_grad).to(image_grad.dtype.element_ty)
+    text_value = (u_grad - v_grad).to(text_grad.dtype.element_ty)
+    tl.store(image_grad + offset, image_value, mask=valid)
+    tl.store(text_grad + offset, text_value, mask=valid)
 
 
 def cyclic_grads(
-    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor], needs: list[bool]
+    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """As `eager.cyclic_grads`."""
-    needs_image, needs_text = needs
     config = config_for("cyclic_grads", image_features)
     tile = config.tile
     multiple = max(tile["BD"], tile["BK"])
@@ -125,8 +117,7 @@ def cyclic_grads(
     unpadded = image_features.shape[1]
     a_grad, b_grad, *c_grad = gram_grads
     factors = a_grad.new_empty(4 if c_grad else 2, d, d)
-    image_grad = empty_grad_like(image, needs_image)
-    text_grad = empty_grad_like(text, needs_text)
+    image_grad, text_grad = image.new_empty(n, d), text.new_empty(n, d)
     with on_device_of(image):
         factors_kernel[(ceil_div(d * d, ROUND.tile["BLOCK"]), len(factors))](
             a_grad, b_grad, *c_grad or [a_grad], factors, unpadded, d,
@@ -134,9 +125,8 @@ def cyclic_grads(
         )  # fmt: skip
         cyclic_grads_kernel[(ceil_div(n, tile["BM"]) * (d // tile["BD"]),)](
             image, text, factors, image_grad, text_grad, n, d, image.stride(0), text.stride(0),
-            WITH_CROSS=len(factors) == 4, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
-            **config.kwargs,
+            WITH_CROSS=len(factors) == 4, **config.kwargs,
         )  # fmt: skip
     if d == unpadded:
         return image_grad, text_grad
-    return image_grad[..., :unpadded].contiguous(), text_grad[..., :unpadded].contiguous()
+    return image_grad[:, :unpadded].contiguous(), text_grad[:, :unpadded].contiguous()

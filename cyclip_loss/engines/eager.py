@@ -28,7 +28,6 @@ from cyclip_loss.logits import (
     Logits,
     SavedStatistics,
     SharedExponentials,
-    empty_grad_like,
 )
 from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip
 
@@ -39,10 +38,10 @@ GRAM_ROWS = 128
 
 def _columns_to_multiply(logits: Logits) -> Tensor:
     """The column features in the dtype in which they are multiplied."""
-    features = logits.row_features
+    features = logits.column_features
     if numerics.has_wide_products(features):
-        return logits.column_features
-    return logits.column_features.to(accumulation_dtype(features.dtype))
+        return features
+    return features.to(logits.logit_scale.dtype)
 
 
 def _buffer(logits: Logits) -> Tensor:
@@ -65,7 +64,7 @@ def _logit_strips(
     whether all logits, or what took their place, are there already.
     """
     memory = _buffer(logits) if kept is None or kept.numel() == 0 else kept
-    dtype = accumulation_dtype(column_features.dtype)
+    dtype = logits.logit_scale.dtype
     options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
     # Scale the rows, n * D products. Not off the CPU: in tf32 s * I would be rounded, and 16-bit I
     # is not.
@@ -99,8 +98,8 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
     E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
     w_i = exp(m_i - max m). Each w_i E_ij may lose 3 * tiny, the smallest normal number, where a
     factor or the product underflows: a column 3 n * tiny. In a sum of 4 n * tiny / eps or more,
-    that is less than its rounding. If a sum is smaller (e^-61 of the largest possible one for
-    n = 4,096 in float32), columns get exponentials of their own, and `shared.row_max` is NaN.
+    that is less than its rounding. If a sum is smaller (e^-61 for n = 4,096 in float32, where the
+    largest exponential is 1), columns get exponentials of their own, and `shared.row_max` is NaN.
     """
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
@@ -165,7 +164,7 @@ def contrastive_grads(
     """
     column_features = _columns_to_multiply(logits)
     features = logits.row_features
-    grad_dtype = accumulation_dtype(features.dtype) if float32_grads else features.dtype
+    grad_dtype = logits.logit_scale.dtype if float32_grads else features.dtype
     products = _Products(logits, column_features, saved.unit, needs, grad_dtype)
     pair_gradient = saved.pair_gradient / saved.unit
     row_lse, column_lse = saved.row_lse[:, None], saved.column_lse
@@ -361,30 +360,26 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 
 
 def cyclic_grads(
-    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor], needs: list[bool]
+    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the features, given those of the Gram matrices, dA, dB and, with C, dC.
 
         dU = U (dA + dA^T) + V dC        dI = dU + dV
         dV = V (dB + dB^T) + U dC^T      dT = dU - dV
 
-    gram_grads: (D, D) each, contiguous. Returns dI and dT, (n, D), in the features' dtype, empty
-    where not needed.
+    gram_grads: (D, D) each, contiguous. Returns dI and dT, (n, D), in the features' dtype.
     """
-    needs_image, needs_text = needs
     a_grad, b_grad, *c_grad = gram_grads
     a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
     # With equal weights C has no share. (On a GPU the host would wait to see that.)
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
-    image_grad = empty_grad_like(image_features, needs_image)
-    text_grad = empty_grad_like(text_features, needs_text)
+    # Both, also if only one is needed: they have all products in common.
+    image_grad, text_grad = (x.new_empty(x.shape) for x in (image_features, text_features))
     for rows, u, v in _u_and_v_strips(image_features, text_features):
         u_grad, v_grad = u @ a_grad, v @ b_grad
         if with_cross:
             u_grad.addmm_(v, c_grad[0])
             v_grad.addmm_(u, c_grad[0].T)
-        if needs_image:
-            torch.add(u_grad, v_grad, out=image_grad[rows])
-        if needs_text:
-            torch.sub(u_grad, v_grad, out=text_grad[rows])
+        torch.add(u_grad, v_grad, out=image_grad[rows])
+        torch.sub(u_grad, v_grad, out=text_grad[rows])
     return image_grad, text_grad

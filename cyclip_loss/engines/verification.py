@@ -2,7 +2,7 @@
 
 A layout is what decides which binary of a kernel runs, and which branches it takes: which arguments
 are None, which are true, the names and the signs of numbers (the partner's offset), the dtypes, and
-for features the divisor of D and the class of the strides. It is read from the actual arguments.
+for features the divisor of D and whether they are contiguous. It is read from the actual arguments.
 The first call with a layout computes a small batch of the same layout, with values of its own, with
 the kernel and with the eager engine in float64. If the two disagree, or the kernel fails, PyTorch
 computes everything of that device, dtype and precision from then on. Nobody waits for a layout that
@@ -176,7 +176,11 @@ class VerifiedKernels:
         if name.endswith("_features"):
             features = self._features(divisor_of(value.shape[1]))
             is_second = name in ("column_features", "text_features")
-            return _with_strides_of(value, features[is_second][:count])
+            result = features[is_second][:count]
+            if value.is_contiguous():
+                return result
+            n, d = result.shape
+            return result.new_empty(n, d + 16)[:, :d].copy_(result)
         return value
 
     def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
@@ -205,7 +209,9 @@ def layout_of(value: Any) -> Any:
     """What decides the layout of an argument, or several."""
     if isinstance(value, Tensor):
         if value.ndim == 2:
-            return value.dtype, divisor_of(value.shape[1]), *_strides_class(value)
+            # Features that are not contiguous may have rows further apart, which the kernels read
+            # in place. Features in any other layout are copied first (`tiles.aligned_features`).
+            return value.dtype, divisor_of(value.shape[1]), value.is_contiguous()
         return value.ndim, value.device.type, value.numel() == 0
     if isinstance(value, (tuple, list)):
         return tuple(map(layout_of, value))
@@ -216,28 +222,6 @@ def layout_of(value: Any) -> Any:
 
 def _sign(number: float) -> int:
     return (number > 0) - (number < 0)
-
-
-def _strides_class(features: Tensor) -> tuple[int, bool]:
-    """How many elements lie between two rows, 16 for all multiples of it, and whether the base is
-    aligned. -1: the features are not rows of adjacent elements.
-    """
-    row, within = features.stride()
-    gap = row - features.shape[1]
-    if gap < 0 or within != 1:
-        return -1, True
-    return gap and (gap % 16 or 16), features.data_ptr() % 16 == 0
-
-
-def _with_strides_of(example: Tensor, features: Tensor) -> Tensor:
-    """The features in the class of strides of the example."""
-    gap, aligned = _strides_class(example)
-    if gap < 0:
-        return features.T.contiguous().T
-    n, d = features.shape
-    offset = 0 if aligned else 1
-    memory = features.new_empty(n * (d + gap) + offset)
-    return memory[offset:].view(n, d + gap)[:, :d].copy_(features)
 
 
 def _widened(tensor: Tensor) -> Tensor:

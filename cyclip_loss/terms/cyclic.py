@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
-from cyclip_loss.logits import empty_grad_like
 from cyclip_loss.numerics import accumulation_dtype, is_traced
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
@@ -142,9 +141,7 @@ class _GramMatrices(torch.autograd.Function):
         grads = list(gram_grads)
         if ctx.num_ranks > 1:  # DDP averages
             grads = [x * ctx.num_ranks for x in grads]
-        needs = list(ctx.needs_input_grad[:2])
-        found = cyclic_grads(*ctx.saved_tensors, grads, needs, ctx.engine)
-        return (*found, None, None, None)
+        return (*cyclic_grads(*ctx.saved_tensors, grads, ctx.engine), None, None, None)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -199,18 +196,16 @@ def _cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
     gram_grads: list[Tensor],
-    needs: list[bool],
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's features, as in `eager.cyclic_grads`."""
     return engines.load(engine, image_features).cyclic_grads(  # type: ignore[no-any-return]
-        image_features, text_features, gram_grads, needs
+        image_features, text_features, gram_grads
     )
 
 
 def _grads_fake(given: Any) -> tuple[Tensor, ...]:
-    features = given.image_features, given.text_features
-    return tuple(map(empty_grad_like, features, given.needs))
+    return tuple(x.new_empty(x.shape) for x in (given.image_features, given.text_features))
 
 
 cyclic_grads = Operator("cyclic_grads", _cyclic_grads, _grads_fake)

@@ -75,13 +75,13 @@ STEPS = [
     ({"distinct_ids": 4}, (LSE, GRADS)),
     ({"distinct_ids": 4, "same_ids": "positives"}, (GRADS,)),
     ({"negatives": (3, None)}, (LSE, GRADS)),
-    ({"frozen": FROZEN_IMAGE}, (GRADS, CYCLIC_GRADS)),
-    ({"frozen": FROZEN_TEXT}, (GRADS, CYCLIC_GRADS)),
+    ({"frozen": FROZEN_IMAGE}, (GRADS,)),
+    ({"frozen": FROZEN_TEXT}, (GRADS,)),
     ({"frozen": frozenset(["logit_scale"])}, (GRADS,)),
     ({"lambdas": (0.25, 0.5)}, (GRAMS, CYCLIC_GRADS)),
     ({"output_dict": True}, (GRAMS, CYCLIC_GRADS)),
     ({"image_layout": "rows 8 elements wider"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),
-    ({"image_layout": "8 bytes off"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),
+    ({"image_layout": "8 bytes off"}, ()),
 ]
 
 
