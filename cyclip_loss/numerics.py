@@ -93,11 +93,10 @@ def float16_shift(features: Tensor) -> int:
     return 14 if features.dtype == torch.float16 else 0
 
 
-def has_wide_products(features: Tensor, added: bool = False) -> bool:
+def has_wide_products(features: Tensor) -> bool:
     """Whether PyTorch multiplies 16-bit matrices of this dtype and device into a float32 one.
 
-    On a CPU they are widened instead, which keeps all digits of G. added: whether PyTorch also adds
-    such a product to a float32 matrix.
+    On a CPU they are widened instead, which keeps all digits of G.
     """
     if features.dtype.itemsize != 2 or features.is_cpu:
         return False
@@ -105,19 +104,17 @@ def has_wide_products(features: Tensor, added: bool = False) -> bool:
     # refuse every product.
     mode = torch.get_deterministic_debug_mode()
     setting = (torch.backends.cuda.matmul.allow_fp16_accumulation, mode)
-    return _try_wide_products(features.device, features.dtype, added, setting)
+    return _try_wide_products(features.device, features.dtype, setting)
 
 
 @lru_cache
-def _try_wide_products(device: torch.device, dtype: torch.dtype, added: bool, _: Any) -> bool:
-    """Whether a small float32 product of 16-bit matrices works or, with `added`, its sum."""
+def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> bool:
+    """Whether a small float32 product of 16-bit matrices works."""
     a = torch.ones(16, 16, dtype=dtype, device=device)
     options: Any = {"out_dtype": torch.float32}
     try:
         product = torch.mm(a, a, **options)
         torch.mm(a, a, **options, out=product)
-        if added:  # not before PyTorch 2.11
-            torch.addmm(product, a, a, **options, out=product)
     except (RuntimeError, TypeError) as error:
         # A failure of the device, such as a failed allocation, says nothing of the next time.
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
@@ -135,9 +132,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, summed in total's dtype: the accumulation dtype of a."""
-    if has_wide_products(a, added=True):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif has_wide_products(a):
+    if has_wide_products(a):
         total += matmul(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

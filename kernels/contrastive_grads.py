@@ -35,8 +35,8 @@ from cyclip_loss.numerics import add_product, float16_shift, matmul, on_device_o
 
 # A block of G has at most this many rows and elements, so 16,384 columns at full height: 512 MB in
 # 16 bits, at every N. Both products of a block sum over thousands of elements. At D = 768 they have
-# 384 output tiles of 128 x 256, which should fill 97% of 132 SMs (73% with half as many rows). Each
-# product reads and writes its float32 sums once per block: 3 GB in all at N = 65,536.
+# 384 output tiles of 128 x 256, which should fill 97% of 132 SMs (73% with half as many rows). From
+# the second block on, a product is added to its float32 sums: 5 GB read and written at N = 65,536.
 BLOCK_ROWS = 16384
 BLOCK_ELEMENTS = 2**28
 
