@@ -206,14 +206,6 @@ def warn_of_mistakes(called: Any, batch: Batch) -> None:
         return
     if isinstance(called, PenaltyOptions):
         usage_warnings.warn_of_penalties(called, batch.total_pairs())
-    names = [x.name for x in batch.comparisons]
-    weight = getattr(called, "inmodal_contrastive_weight", None)
-    if weight is not None and "augmented_text_features" not in names:
-        usage_warnings.warn_once(
-            "inmodal_contrastive_weight",
-            "inmodal_contrastive_weight has no effect in a call without augmented_image_features "
-            "and augmented_text_features",
-        )
     if called in _checked or image.shape[0] == 0 or image.is_meta or is_capturing(image):
         return
     _checked.add(called)

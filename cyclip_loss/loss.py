@@ -67,8 +67,8 @@ class CyCLIPLoss(ContrastiveModule):
             clamp(1 - CLIP's loss / ln N, 0, 1), without gradient. So they have no weight at the
             start of a training, where they would make all features alike. With k positives of each
             row, CLIP's loss is at least ln k, and the progress at most 1 - ln k / ln N.
-        inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
-            None: the mean of this term and CLIP's, as in the authors' code.
+        inmodal_contrastive_weight: weight of the in-modal contrastive term, in calls with augmented
+            views. None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
             the kernels if they support the features' device, else "eager". With "auto" each layout
             of a call is compared with PyTorch when a kernel is first used for it; if the kernel is

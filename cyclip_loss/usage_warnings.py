@@ -52,21 +52,11 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
 def warn_of_penalties(options: Any, num_pairs: int) -> None:
     """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
-    A reference batch size switches the warning off. With SigLIP's loss, warn of the paper's
-    strength, which lowered its accuracy in our experiment (reference_train/results/siglip).
-    options: a `PenaltyOptions`.
+    A reference batch size switches the warning off. options: a `PenaltyOptions`.
     """
     largest = max(options.lambda_inmodal, options.lambda_crossmodal)
-    reference = options.reference_batch_size
-    times = largest * (reference or num_pairs) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
-    if hasattr(type(options), "elementwise"):
-        if times >= 1:
-            warn_once(
-                "strong SigLIP penalties",
-                f"lambda = {largest:g} is as strong as CyCLIP's, which lowered the accuracy of "
-                "SigLIP's loss in our experiment: try an eighth of it, or 0",
-            )
-    elif reference is None and times > STRONG:
+    times = largest * num_pairs / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
+    if options.reference_batch_size is None and times > STRONG:
         warn_once(
             "strong penalties",
             f"lambda = {largest:g} in a batch of {num_pairs} is {times:.3g} times as strong as the "
