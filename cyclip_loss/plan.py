@@ -13,7 +13,7 @@ from cyclip_loss.numerics import is_traced
 from cyclip_loss.options import Options, PenaltyOptions
 
 # N / D up to which batches are dense. With D = 512 on a CPU, the streamed contrastive term takes
-# 1.1, 1.05 and 0.95 of the dense one's time at 384, 512 and 768 pairs.
+# 1.2, 1.1 and 1.0 of the dense one's time at 384, 512 and 768 pairs.
 DENSE_LIMIT = 1.0
 # Of at most this many logits (67 MB in float32), forward keeps the exponentials for backward.
 KEPT_EXPONENTIALS = 2**24

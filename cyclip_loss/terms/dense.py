@@ -25,7 +25,7 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     the columns are extra negatives, the pairs' logits are arbitrary. Without negatives, a
     log-sum-exp is the lowest number of the dtype: of -inf, the gradient would be NaN.
     """
-    dtype = accumulation_dtype(logits.row_features.dtype)
+    dtype = logits.logit_scale.dtype
     lowest = torch.finfo(dtype).min
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
@@ -44,13 +44,18 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
         same = logits.same_ids(0, negatives.shape[0])
         if same is not None:
             masked.masked_fill_(same, lowest)
-        # Not `torch.logsumexp`, which computes the exponentials again in backward.
-        maxima, sums = [], []
-        for dim in (1, 0) if logits.symmetric else (1,):
-            maximum = detached.amax(dim, keepdim=True)
-            maxima.append(maximum.view(-1))
-            sums.append((negatives - maximum).exp_().sum(dim))
-        return torch.stack(sums).log() + torch.stack(maxima), pair_logits
+        dims = (1, 0) if logits.symmetric else (1,)
+        if row_features.is_cpu and not is_traced(row_features):
+            # One exponential serves rows and columns, forward and backward, unless a sum is so
+            # small (e^-44 in float32) that it may have lost digits, or that an upstream gradient
+            # divided by it may overflow. (To see that, a GPU's host would wait, and compiled code
+            # cannot.)
+            maximum = detached.max()
+            exps = (negatives - maximum).exp_()
+            sums = torch.stack([exps.sum(dim) for dim in dims])
+            if sums.detach().min() >= torch.finfo(dtype).tiny ** 0.5:
+                return sums.log() + maximum, pair_logits
+        return torch.stack([negatives.logsumexp(dim) for dim in dims]), pair_logits
 
 
 def cyclic_terms(
