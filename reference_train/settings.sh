@@ -14,7 +14,7 @@ loss_flags() { # SETTING
     recommended*) echo "--loss cyclip" ;;
     warmup*) echo "--loss cyclip $paper --lambda-warmup 512" ;;
     constant*) echo "--loss cyclip $paper" ;;
-    [ci]-cyclip-warmup) echo "--loss ${1%-warmup} $paper --lambda-warmup 512" ;;
+    [ci]-cyclip-warmup*) echo "--loss ${1%%-warmup*} $paper --lambda-warmup 512" ;;
     esac
     case $1 in
     *-centered) echo "--centered" ;;
