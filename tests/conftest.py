@@ -5,6 +5,7 @@ CUDA the kernels are compiled; on the CPU Triton's interpreter runs them. The or
 the CPU, and so do the `ranks` over gloo.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -77,6 +78,11 @@ def pytest_configure(config):
     # A shell script's background jobs ignore SIGINT, but some tests have to receive it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """The garbage collector skips what was imported, as it does in forked processes."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
