@@ -154,10 +154,9 @@ def test_a_run_trains_where_processes_are_spawned(pretrain, data, tmp_path):
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        (
-            data / "val-00000.tar"
-        ).unlink()  # it would take more processes, to read with fewer filters
-        pretrain()
+        # It would take more processes, to read with fewer filters.
+        (data / "val-00000.tar").unlink()
+        pretrain("--workers 1")
     finally:
         multiprocessing.set_start_method(method, force=True)
     assert (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").exists()
