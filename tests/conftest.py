@@ -16,6 +16,8 @@ from multiprocessing import get_context
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor starts no processes that compile: that takes longer than the few kernels of the tests.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
