@@ -5,11 +5,10 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from shutil import copy
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import torch
 from processes import run_forked
@@ -143,28 +142,27 @@ side_by_side.CPU = replace(side_by_side.CPU, seconds=0.0, min_rounds=1)
 runpy.run_module("benchmarks", run_name="__main__")
 """
 # Its ranks are new processes.
-TORCHRUN = """
-import sys
-from torch.distributed.run import main
-main(["--standalone", "--nproc-per-node", "2", "program.py", *sys.argv[1:]])
-"""
+TORCHRUN = "from torch.distributed.run import main; main()"
 
 
 @pytest.mark.parametrize(
-    "ranks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
+    "ranks", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
 )
 def test_a_users_loss_is_in_the_printed_table_and_the_record(ranks, tmp_path):
     """It is a module, MODULE:NAME, and the current folder is empty but for the program.
 
     The ranks find OpenCLIP's losses beside it, without its models, which take long to import.
     """
-    if ranks:
-        (tmp_path / "program.py").write_text(ONE_ROUND)
-        (tmp_path / "open_clip").mkdir()
-        (tmp_path / "open_clip" / "__init__.py").write_text("from .loss import ClipLoss")
-        copy(Path(find_spec("open_clip").origin).with_name("loss.py"), tmp_path / "open_clip")
+    program = ONE_ROUND
     options = ["--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8", "--name", "a/b"]
-    ran = run_forked(TORCHRUN if ranks else ONE_ROUND, *options, cwd=tmp_path)
+    if ranks:
+        (tmp_path / "open_clip").mkdir()
+        for file in ("__init__.py", "loss.py"):
+            copy(open_clip.loss.__file__, tmp_path / "open_clip" / file)
+        (tmp_path / "program.py").write_text(program)
+        program = TORCHRUN
+        options = ["--standalone", "--nproc-per-node", str(ranks), "program.py", *options]
+    ran = run_forked(program, *options, cwd=tmp_path)
     assert ran.returncode == 0, ran
     assert "| loss | 16 × 8, float32 |" in ran.stdout
     folder = tmp_path / "runs" / "benchmarks" / "a"
