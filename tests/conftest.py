@@ -86,11 +86,6 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish():
-    """The garbage collector skips what was imported, as it does in forked processes."""
-    gc.freeze()
-
-
 def pytest_runtest_setup(item):
     """Seed PyTorch's generator, forget warnings, and skip tests that cannot run here.
 
@@ -123,7 +118,9 @@ def impl(request, device):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def nan_in_fresh_memory():
+def prepared_memory():
+    """NaN in fresh memory. The garbage collector skips what was imported, as in forks."""
+    gc.freeze()
     fill_fresh_memory_with_nan()
     yield
     torch.use_deterministic_algorithms(False)
