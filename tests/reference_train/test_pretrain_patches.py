@@ -156,7 +156,7 @@ def test_a_run_trains_where_processes_are_spawned(pretrain, data, tmp_path):
     try:
         # It would take more processes, to read with fewer filters.
         (data / "val-00000.tar").unlink()
-        pretrain("--workers 1")
+        pretrain()
     finally:
         multiprocessing.set_start_method(method, force=True)
     assert (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").exists()
