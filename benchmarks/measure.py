@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 # A buffer of this size is overwritten before each timed call, to remove inputs from the L2 cache.
 FLUSH_BYTES = 256 * 10**6
@@ -96,11 +96,12 @@ def cpu_allocations(work: Callable[[], object]) -> list[int]:
 
     PyTorch's profiler reports them, also inside custom operators. What `work` returns is not freed.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # Not by `torch.profiler.profile`, whose start imports PyTorch's compiler.
+    with profile(use_kineto=True, profile_memory=True) as profiler:
         result = work()  # has a name, so that it is alive at the end
         gc.collect()  # frees reference cycles
     del result
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

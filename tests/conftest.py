@@ -5,6 +5,7 @@ CUDA the kernels are compiled; on the CPU Triton's interpreter runs them. The or
 the CPU, and so do the `ranks` over gloo.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -15,10 +16,13 @@ from multiprocessing import get_context
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor starts no processes that compile: that takes longer than the few kernels of the tests.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
 from hypothesis import Phase, settings
+from hypothesis.internal.conjecture import providers
 from interpreter import speed_up
 from pool import Ranks
 from support import fill_fresh_memory_with_nan, forget_warnings, needs_triton, set_small_blocks
@@ -49,6 +53,9 @@ settings.register_profile("nightly", deadline=None, max_examples=300, print_blob
 fails_soon = (Phase.explicit, Phase.generate)
 settings.register_profile("faults", settings.get_profile("fast"), phases=fails_soon)
 settings.load_profile("fast")
+# Hypothesis would look for constants in all modules that are not in a folder "site-packages", which
+# can be thousands. `inputs.py` says why no test draws them.
+providers.is_local_module_file = lambda path: False
 
 
 def pytest_addoption(parser):
@@ -111,7 +118,9 @@ def impl(request, device):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def nan_in_fresh_memory():
+def prepared_memory():
+    """NaN in fresh memory. The garbage collector skips what was imported, as in forks."""
+    gc.freeze()
     fill_fresh_memory_with_nan()
     yield
     torch.use_deterministic_algorithms(False)

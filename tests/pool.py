@@ -6,6 +6,7 @@ dies, or does not answer within `limit` seconds, which is far longer than any te
 """
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -179,6 +180,7 @@ def _serve(rank, device, connection):
     """The main loop of a process: run commands until the connection is closed."""
     from support import fill_fresh_memory_with_nan
 
+    gc.freeze()
     global _own_device
     _own_device = torch.device(f"cuda:{rank}" if device == "cuda" else device)
     if _own_device.type == "cuda":

@@ -1,5 +1,6 @@
 """Python in a new process. Kernels are interpreted, and it sees no GPU."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def run_forked(program, *arguments, cwd):
 
 
 def _run(program, arguments, cwd):
+    gc.freeze()
     os.environ.update(ENVIRONMENT)
     os.chdir(cwd)
     sys.argv[1:] = arguments

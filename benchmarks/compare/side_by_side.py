@@ -14,7 +14,6 @@ from benchmarks.compare.accuracy import add_errors
 from benchmarks.compare.competitors import competitors
 from benchmarks.compare.cost import add_costs
 from benchmarks.compare.plan import CPU, CUDA, chosen
-from benchmarks.compare.report import draw
 from benchmarks.measure import limit_to_available
 from benchmarks.run import Run, device_name, run_sections
 
@@ -38,5 +37,7 @@ def main(options: argparse.Namespace) -> int:
     if across_ranks:
         dist.destroy_process_group()
     elif rows := run.sections["cost"].rows:
+        from benchmarks.compare.report import draw  # matplotlib, which ranks need not import
+
         draw(rows, device_name(device), page.with_name(f"{page.stem}-cost.png"))
     return 1 if run.failures else 0

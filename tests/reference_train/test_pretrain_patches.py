@@ -154,9 +154,8 @@ def test_a_run_trains_where_processes_are_spawned(pretrain, data, tmp_path):
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        (
-            data / "val-00000.tar"
-        ).unlink()  # it would take more processes, to read with fewer filters
+        # It would take more processes, to read with fewer filters.
+        (data / "val-00000.tar").unlink()
         pretrain()
     finally:
         multiprocessing.set_start_method(method, force=True)
