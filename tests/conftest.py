@@ -22,7 +22,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from hypothesis import Phase, settings
-from hypothesis.internal.conjecture import providers
 from interpreter import speed_up
 from pool import Ranks
 from support import fill_fresh_memory_with_nan, forget_warnings, needs_triton, set_small_blocks
@@ -53,9 +52,6 @@ settings.register_profile("nightly", deadline=None, max_examples=300, print_blob
 fails_soon = (Phase.explicit, Phase.generate)
 settings.register_profile("faults", settings.get_profile("fast"), phases=fails_soon)
 settings.load_profile("fast")
-# Hypothesis would look for constants in all modules that are not in a folder "site-packages", which
-# can be thousands. `inputs.py` says why no test draws them.
-providers.is_local_module_file = lambda path: False
 
 
 def pytest_addoption(parser):
