@@ -139,8 +139,11 @@ class Options:
 
     def of_all_ranks(self) -> dict[str, Any]:
         """The options that all ranks must set equally, by name."""
-        same = [f.name for f in fields(self) if f.metadata.get("same_on_all_ranks")]
-        return {name: getattr(self, name) for name in same}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.metadata.get("same_on_all_ranks")
+        }
 
 
 def _hold_group(options: Any, group: Any) -> None:

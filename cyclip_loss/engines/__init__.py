@@ -52,9 +52,9 @@ def choose(impl: str, features: Tensor) -> tuple[str, str]:
             installed; or `impl` or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
     source, asked = "impl", impl
-    if impl == "auto" and os.environ.get("CYCLIP_LOSS_IMPL"):
+    if impl == "auto":
         source = "CYCLIP_LOSS_IMPL"
-        asked = os.environ[source]
+        asked = os.environ.get(source) or impl
     one_of(IMPLS)(source, asked)
     why_not: str | None = f"{source} is 'eager'"
     if features.dtype == torch.float64:

@@ -47,15 +47,19 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
         dims = (1, 0) if logits.symmetric else (1,)
         if row_features.is_cpu and not is_traced(row_features):
             # One exponential serves rows and columns, forward and backward, unless a sum is so
-            # small (e^-44 in float32) that it may have lost digits, or that an upstream gradient
-            # divided by it may overflow. (To see that, a GPU's host would wait, and compiled code
-            # cannot.)
+            # small that it may have lost digits, or that an upstream gradient divided by it may
+            # overflow. (To see that, a GPU's host would wait, and compiled code cannot.)
             maximum = detached.max()
             exps = (negatives - maximum).exp_()
             sums = torch.stack([exps.sum(dim) for dim in dims])
-            if sums.detach().min() >= torch.finfo(dtype).tiny ** 0.5:
+            if sums.min() >= 1e-19:
                 return sums.log() + maximum, pair_logits
-        return torch.stack([negatives.logsumexp(dim) for dim in dims]), pair_logits
+        # Not `torch.logsumexp`, which computes the exponentials again in backward.
+        of_dims = []
+        for dim in dims:
+            maximum = detached.amax(dim, keepdim=True)
+            of_dims.append((negatives - maximum).exp_().sum(dim).log() + maximum.view(-1))
+        return torch.stack(of_dims), pair_logits
 
 
 def cyclic_terms(
