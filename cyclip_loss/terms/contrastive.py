@@ -80,7 +80,9 @@ def start(batch: Batch, plan: Plan) -> list[Gathered]:
         features = ids = None
         if STRATEGIES[plan.strategy].gathers_columns:
             features = collectives.start_gather(logits.column_features, ranks)
-        if logits.column_ids is not None:
+        if started and logits.partner_offset == 0:  # the ids of views are those of the pairs
+            ids = started[0].ids
+        elif logits.column_ids is not None:
             ids = collectives.start_gather(logits.column_ids, ranks)
         started.append(Gathered(features, ids))
     return started
