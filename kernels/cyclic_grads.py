@@ -99,10 +99,8 @@ def cyclic_grads_kernel(
 
     offset = rows.to(tl.int64)[:, None] * d + columns[None, :]
     valid = (rows < n)[:, None]
-    image_value = (u_grad + v_grad).to(image_grad.dtype.element_ty)
-    text_value = (u_grad - v_grad).to(text_grad.dtype.element_ty)
-    tl.store(image_grad + offset, image_value, mask=valid)
-    tl.store(text_grad + offset, text_value, mask=valid)
+    tl.store(image_grad + offset, (u_grad + v_grad).to(image_grad.dtype.element_ty), mask=valid)
+    tl.store(text_grad + offset, (u_grad - v_grad).to(text_grad.dtype.element_ty), mask=valid)
 
 
 def cyclic_grads(
