@@ -55,6 +55,7 @@ from benchmarks.compare import cost
 from benchmarks.gpu import sections
 
 sections.DRY_RUN = replace(sections.DRY_RUN, sizes=((40, 32),), seconds=0.0, min_rounds=1)
+sections.KERNELS_SHOWN = 1000  # so small, any operator may be among the slowest
 cost.SMALL_BATCH = 40
 torch.compiler.set_stance("force_eager")
 runpy.run_module("benchmarks", run_name="__main__")
@@ -72,5 +73,5 @@ def test_dry_run_leaves_a_page_with_the_chosen_sections_and_no_rows(tmp_path):
     assert f"`python -m benchmarks {arguments}`" in page
     _, summary, kernels, competitors = page.split("\n## ")
     assert "CyCLIPLoss" in summary
-    assert "aten::" in kernels  # which operators take the most time varies
+    assert "aten::mm" in kernels
     assert len(re.findall(r"\| 40 \| 32 \| bfloat16 \| .* \| ok \|", competitors)) > 10
