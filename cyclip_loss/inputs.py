@@ -200,7 +200,7 @@ def warn_of_mistakes(called: Any, batch: Batch) -> None:
     The check of the inputs waits for the device, once. It is skipped while a CUDA graph is
     captured. called: the module or function.
     """
-    image, logits = batch.image_features, [x.logits for x in batch.comparisons]
+    image = batch.image_features
     # `is_traced` comes first: compiled code must not depend on what was checked.
     if is_traced(image):
         return
@@ -209,6 +209,7 @@ def warn_of_mistakes(called: Any, batch: Batch) -> None:
     if called in _checked or image.shape[0] == 0 or image.is_meta or is_capturing(image):
         return
     _checked.add(called)
+    logits = [x.logits for x in batch.comparisons]
     features = [image, batch.text_features, *[x.column_features for x in logits]]
     usage_warnings.warn_of_unusual_inputs(features, logits[0].logit_scale if logits else None)
 

@@ -330,7 +330,7 @@ def _u_and_v_strips(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each strip: its rows, and U = I + T and V = I - T in the accumulation dtype."""
     (n, d), dtype = image_features.shape, accumulation_dtype(image_features.dtype)
-    height = rows_per_strip(4 * d, image_features.device)
+    height = rows_per_strip(2 * d, image_features.device)
     for start in range(0, n, height):
         rows = slice(start, start + height)
         image, text = image_features[rows].to(dtype), text_features[rows].to(dtype)

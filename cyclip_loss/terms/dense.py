@@ -29,13 +29,14 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     lowest = torch.finfo(dtype).min
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
+        traced = is_traced(row_features)
         negatives = (row_features @ column_features.to(dtype).T) * logits.logit_scale
         detached = negatives.detach()
         # Autograd does not see the masks, which are written through `detached`. It need not: the
         # gradient of a masked logit is 0, as its exponential is 0 or, in a row without negatives,
         # the upstream gradient is. While compiling it sees them: else Inductor (PyTorch 2.13) drops
         # the gradient of the pair logits in batches of 3 or 4 pairs.
-        masked = negatives if is_traced(row_features) else detached
+        masked = negatives if traced else detached
         diagonal = masked.diagonal()
         # NaN for an infinite pair logit, which would look perfectly matched.
         pair_logits = negatives.diagonal().add(diagonal.detach(), alpha=0)
@@ -45,14 +46,14 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
         if same is not None:
             masked.masked_fill_(same, lowest)
         dims = (1, 0) if logits.symmetric else (1,)
-        if row_features.is_cpu and not is_traced(row_features):
+        if row_features.is_cpu and not traced:
             # One exponential serves rows and columns, forward and backward, unless a sum is so
             # small that it may have lost digits, or that an upstream gradient divided by it may
             # overflow. (To see that, a GPU's host would wait, and compiled code cannot.)
             maximum = detached.max()
             exps = (negatives - maximum).exp_()
             sums = torch.stack([exps.sum(dim) for dim in dims])
-            if sums.min() >= 1e-19:
+            if sums.min().item() >= 1e-19:
                 return sums.log() + maximum, pair_logits
         # Not `torch.logsumexp`, which computes the exponentials again in backward.
         of_dims = []
