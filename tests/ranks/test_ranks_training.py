@@ -81,7 +81,7 @@ def rank_graphs(rank, world_size, steps, dist_impl, uneven):
 
 @pytest.mark.parametrize(
     ("dist_impl", "uneven"),
-    [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
+    [("gather", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
 def test_compiled_and_eager_loss_are_equal(uneven, dist_impl, ranks):
     """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
@@ -93,6 +93,6 @@ def test_compiled_and_eager_loss_are_equal(uneven, dist_impl, ranks):
     lambdas = [(0.3, 0.2), (1.3, 2.2), (2.3, 4.2), *((x, x) for x in (0.3, 0.4, 0.5))]
     steps = [((n, n), x) for n, x in zip((4, 7, 9, 4, 5, 6), lambdas, strict=True)]
     if uneven:
-        steps = [(rows, (0.3, 0.2)) for rows in ((4, 4), (4, 3), (1, 5), (0, 2))]
+        steps = [(rows, (0.3, 0.2)) for rows in ((4, 4), (1, 3), (0, 2))]
     for counts in ranks.run(2, rank_graphs, steps, dist_impl, uneven):
         assert uneven or counts[-3:] == [counts[-1]] * 3

@@ -149,10 +149,10 @@ def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
     assert caplog.text.count("Unreadable held-out pairs or shards: 1; no best") == 2
 
 
-def test_a_run_trains_where_processes_are_spawned(pretrain, data, tmp_path):
-    """So they are on macOS; from Python 3.14 on, other systems have to send the same objects."""
+def test_a_run_trains_where_processes_get_their_objects_sent(pretrain, data, tmp_path):
+    """So they are on macOS, which spawns them, and from Python 3.14 on elsewhere."""
     method = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
+    multiprocessing.set_start_method("forkserver", force=True)
     try:
         # It would take more processes, to read with fewer filters.
         (data / "val-00000.tar").unlink()
