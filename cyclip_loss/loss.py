@@ -187,7 +187,8 @@ class CyCLIPLoss(ContrastiveModule):
         plan = make_plan(batch, self, output_dict)
         started = contrastive.start(batch, plan)
         grams = cyclic.start(batch, plan)
-        losses = contrastive.losses(batch, plan, started)
+        lse = contrastive.log_sum_exps(batch, plan, started)
+        losses = contrastive.losses(batch, lse)
         terms = contrastive.weighted(losses, self.inmodal_contrastive_weight)
         penalties = cyclic.terms(grams, plan, self)
         if self.lambda_progress:

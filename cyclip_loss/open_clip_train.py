@@ -12,13 +12,11 @@ a resumed pretraining may have another value, `reference_train/pretrain/resume.p
 
 import argparse
 import inspect
-import io
 import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from functools import partial
 from importlib import import_module
 from pkgutil import resolve_name
@@ -158,6 +156,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     ours, theirs = parser.parse_known_args(argv)
     if ours.lambda_progress is True and (ours.lambda_warmup or ours.loss or "--siglip" in theirs):
         parser.error("--lambda-progress excludes --lambda-warmup, --loss and --siglip")
+    if ours.loss_arguments and not ours.loss:
+        parser.error("--loss-arguments needs --loss")
     ours.lambda_progress = ours.lambda_progress and not ours.lambda_warmup
     if {"-h", "--help"} & set(theirs):
         parser.print_help()
@@ -190,10 +190,10 @@ def steps_or_share(text: str) -> int | float:
 
 
 def loss_path(text: str) -> str:
-    """An argument's type: MODULE:NAME, which can be imported."""
+    """An argument's type: MODULE:NAME of something callable, which can be imported."""
     try:
-        resolve_name(text)
-    except (ImportError, AttributeError, ValueError) as error:
+        partial(resolve_name(text))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"must be MODULE:NAME, not {text}: {error}") from error
     return text
 
@@ -233,6 +233,8 @@ class ChosenLoss(nn.Module):
         except (TypeError, ValueError) as error:  # ValueError: a function lacks an argument
             raise UnsuitableLoss(f"--loss is called with {list(others)}: {error}") from error
         loss = self.loss(**others)
+        if isinstance(loss, tuple):
+            raise UnsuitableLoss("--loss returned a tuple: return a number, or a dict of terms")
         return loss if isinstance(loss, dict) else {"contrastive_loss": loss}
 
 
@@ -249,12 +251,7 @@ class _Swap:
 
     def parse_args(self, parse: Function, *args: Any) -> Any:
         """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
-        errors = io.StringIO()
-        try:
-            with redirect_stderr(errors):
-                parsed = parse(*args)
-        except SystemExit as error:  # OpenCLIP would print the names of all its flags
-            raise SystemExit(error.code and errors.getvalue().rpartition("error: ")[2]) from error
+        parsed = parse(*args)
         captions, warmup = self.options.same_captions, self.options.lambda_warmup
         problems = {
             "--horovod is not supported: use torchrun": getattr(parsed, "horovod", False),
@@ -267,8 +264,8 @@ class _Swap:
                 raise SystemExit(f"cyclip_loss: {problem}")
         weight = 0.0 if parsed.siglip or self.options.loss else PAPER_LAMBDA
         self.penalty_options = penalty_options(self.options, weight)
-        ours = self.penalty_options | vars(self.options)
-        self.args = argparse.Namespace(**{**vars(parsed), **ours})
+        merged = vars(parsed) | self.penalty_options | vars(self.options)
+        self.args = argparse.Namespace(**merged)
         return self.args
 
     def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:
@@ -298,8 +295,8 @@ class _Swap:
         """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
         if self.options.loss:
-            chosen = ChosenLoss(self.options.loss, self.options.loss_arguments)
-            theirs = chosen.to(self.args.device)
+            theirs = ChosenLoss(self.options.loss, self.options.loss_arguments)
+            theirs.to(self.args.device)
         # The exact type, as CoCa's and distillation's losses are subclasses.
         ours: Any = {"ClipLoss": CyCLIPLoss, "SigLipLoss": CySigLIPLoss}.get(type(theirs).__name__)
         if ours:

@@ -41,9 +41,11 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         with_cross = options.needs_cross(output_dict)
     if traced:
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
-        # is one graph. On a GPU the operators choose the engine when they run.
+        # is one graph. On a GPU the operators choose the engine when they run; on a CPU "auto" is
+        # eager, whose exponentials are shared.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         is_eager = is_compiled and engine != "triton" and features.is_cpu
+        engine = "eager" if is_eager else engine
     else:
         is_eager = engine == "eager"
     # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.

@@ -27,7 +27,7 @@ from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
-from cyclip_loss.terms.operators import Operator, call_backward
+from cyclip_loss.terms.operators import Operator, first_derivatives
 
 
 @dataclass(eq=False, repr=False)
@@ -224,7 +224,7 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        *grads, bias = call_backward(_times, grad, saved[:4], saved[4:])
+        *grads, bias = first_derivatives(_times)(grad, saved[:4], saved[4:])
         return (bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 6))
 
 

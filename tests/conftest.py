@@ -64,7 +64,7 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
-    # macOS has no Triton. tests/requirements.txt and the extras have all else that the suite needs.
+    # macOS has no Triton. tests/requirements.txt has all else that the suite needs.
     is_linux = sys.platform == "linux"
     missing = [file for file in collect_ignore if is_linux or NEEDS[file] != ("triton",)]
     runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS

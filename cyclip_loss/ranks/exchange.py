@@ -45,7 +45,7 @@ class Strategy(NamedTuple):
 
 def _gather_log_sum_exps(block_lse: LseFunction, logits: Logits, ranks: Ranks) -> BlockLse:
     own = block_lse(logits)
-    if not logits.symmetric or ranks.size == 1:
+    if not logits.symmetric:
         return own
     columns = all_reduce_lse(own.of_columns, ranks)
     return own._replace(negatives_lse=torch.cat((own.of_rows, columns)))

@@ -88,15 +88,15 @@ def start(batch: Batch, plan: Plan) -> list[Gathered]:
     return started
 
 
-def losses(batch: Batch, plan: Plan, started: list[Gathered]) -> list[Tensor]:
+def losses(batch: Batch, lse: list[PairLse]) -> list[Tensor]:
     """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
     losses = []
-    for lse, pair_logits, other_positives in log_sum_exps(batch, plan, started):
-        of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
+    for negatives_lse, pair_logits, other_positives in lse:
+        of_pairs = F.softplus(negatives_lse - pair_logits, threshold=40.0)
         if batch.ranks.size == 1:
             loss = of_pairs.mean()
         else:
-            loss = of_pairs.sum() / (batch.total_pairs() * lse.shape[0])
+            loss = of_pairs.sum() / (batch.total_pairs() * negatives_lse.shape[0])
         if other_positives is not None:
             loss = loss - other_positives / batch.total_pairs()
         losses.append(collectives.sum_of_ranks(loss, batch.ranks))
@@ -244,7 +244,10 @@ def _forward(
     if logits.positives:
         positives = Positives(logits.column_ids)
         block_lse = partial(positives.block_lse, block_lse)
-    lse = STRATEGIES[strategy].log_sum_exps(block_lse, logits, ranks)
+    if ranks.size == 1:
+        lse = block_lse(logits)
+    else:
+        lse = STRATEGIES[strategy].log_sum_exps(block_lse, logits, ranks)
     if logits.positives:
         shares = positives.other_shares(logits.row_ids, other_positives.dtype)
         other_positives = logits.logit_scale * positives.row_products

@@ -67,7 +67,7 @@ class Operator:
         features = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
         if not is_traced(features):
             with without_autocast(features):
-                return call_backward(self.function, *arguments)
+                return first_derivatives(self.function)(*arguments)
         values: list[Any] = []
         for argument in arguments:  # of which only records are tuples
             # Not `+=`: PyTorch 2.11 cannot trace it with a record.
@@ -75,16 +75,16 @@ class Operator:
         return self.operator(*values)
 
 
-def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns.
+def first_derivatives(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which computes gradients.
 
-    In a backward with create_graph=True, differentiating it raises an error instead of silently
-    returning zero.
+    In a backward with create_graph=True, differentiating its results raises an error instead of
+    silently returning zero.
     """
     if not torch.is_grad_enabled():
-        return function(*arguments)
-    tensors = tensors_of(arguments)
-    return _FirstDerivativesOnly.apply(function, arguments, *tensors)  # type: ignore[no-untyped-call]
+        return function
+    apply = _FirstDerivativesOnly.apply
+    return lambda *given: apply(function, given, *tensors_of(given))  # type: ignore[no-untyped-call]
 
 
 class _FirstDerivativesOnly(torch.autograd.Function):

@@ -120,7 +120,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
             if known and known[0] not in found:
                 found[known[0]] = known[1]
             elif not re.match(r"\.|manifest\.json", path.name):
-                say(f"{path}: skipped: not a dataset, or the name of an earlier one")
+                say(f"{path}: skipped: not a dataset, or repeats an earlier name")
     return found
 
 

@@ -140,8 +140,11 @@ def test_compiled_code_runs_the_kernels(function, kernel, device, monkeypatch):
     torch._dynamo.reset()
     case = Case(30, 6, function=function)
     step = partial(evaluate, case, case.arguments(device), "triton")
-    torch.testing.assert_close(step(wrap=partial(torch.compile, backend="aot_eager")), step())
+    compile = partial(torch.compile, backend="aot_eager")
+    torch.testing.assert_close(step(wrap=compile), step())
     assert mock.call_count == 2
+    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "triton")  # in compiled code on a CPU, "auto" is eager
+    torch.testing.assert_close(evaluate(case, case.arguments(device), "auto", wrap=compile), step())
 
 
 FROZEN = [{"frozen": frozenset([name])} for name in (*FEATURES, "logit_scale")]

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 import open_clip
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from cyclip_loss import CyCLIPLoss, CySigLIPLoss
 from reference_train import __main__ as cli
@@ -18,7 +19,7 @@ from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, C
 from reference_train.demo import demo as command
 from reference_train.demo import train
 from reference_train.demo.batches import augment
-from reference_train.demo.model import TINY
+from reference_train.demo.model import TINY, preprocess
 from reference_train.evaluate import demonstration, evaluate
 from reference_train.evaluate.records import read_evaluation
 from reference_train.losses import LOSSES
@@ -68,6 +69,12 @@ def finished(emoji, tmp_path_factory):
     demonstrate(f"--loss clip --seeds 2 --out {out}")
     demonstrate(f"--loss siglip cyclip clip --out {out}")
     return out
+
+
+def test_the_model_sees_stripes_that_are_not_smoothed():
+    """As `augment` resamples. Each of the three channels has two values."""
+    stripes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(16).expand(3, 64, 64)
+    assert len(preprocess(to_pil_image(stripes)).unique()) == 6
 
 
 def test_a_folder_has_every_run_and_refuses_other_settings(finished):

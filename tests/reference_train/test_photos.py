@@ -23,10 +23,11 @@ def clone(folder, files):
     return subprocess.check_output(["git", "-C", folder, "rev-parse", "HEAD"], text=True).strip()
 
 
-# 33 hats and 27 shoes, of which three have the same title each. Shoe 40 has the title of a hat.
+# 33 hats and 27 shoes, of which three have the same title each. Shoe 40 has the title of a hat, in
+# other letters.
 TYPES = ["Hat" if i < 33 else "Shoe" for i in range(60)]
 TITLES = [f"{kind} {i % 9}" for i, kind in enumerate(TYPES)]
-TITLES[40] = "Hat 5"
+TITLES[40] = "hat 5"
 TITLES[57] = ""
 WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
 
@@ -49,6 +50,7 @@ def clones(tmp_path, monkeypatch):
         for i, label in enumerate(WNIDS)
         for j in range(3)
     }
+    tiny[f"{root}/train/{WNIDS[1]}/images/9.JPEG"] = picture(110)  # twice in its class
     # The first image of the first class is also one for validation, of the second class.
     tiny[f"{root}/val/images/val_0.JPEG"] = picture(100)
     tiny[f"{root}/val/images/val_1.JPEG"] = picture(99)
