@@ -13,7 +13,8 @@ from cyclip_loss.numerics import is_traced
 from cyclip_loss.options import Options, PenaltyOptions
 
 # N / D up to which batches are dense. With D = 512 on a CPU, the streamed contrastive term takes
-# 1.2, 1.1 and 1.0 of the dense one's time at 384, 512 and 768 pairs.
+# 1.3, 1.2 and 1.1 of the dense one's time at 256, 384 and 512 pairs (on one thread, as on two;
+# compiled 1.4, 1.2 and 1.1), and SigLIP's 1.4 at 128 and 1.2 at 256.
 DENSE_LIMIT = 1.0
 # Of at most this many logits (67 MB in float32), forward keeps the exponentials for backward.
 KEPT_EXPONENTIALS = 2**24
@@ -44,7 +45,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         # is one graph. On a GPU the operators choose the engine when they run; on a CPU "auto" is
         # eager, whose exponentials are shared.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        is_eager = is_compiled and engine != "triton" and features.is_cpu
+        is_eager = is_compiled and features.is_cpu and engine in ("auto", "eager")
         engine = "eager" if is_eager else engine
     else:
         is_eager = engine == "eager"

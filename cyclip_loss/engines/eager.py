@@ -172,7 +172,8 @@ def contrastive_grads(
         row_max = shared.row_max[:, None]
         top = row_max.max()
         limit = math.log(torch.finfo(top.dtype).max) - 1
-        # False if it is NaN, because the exponentials are not shared after all.
+        # exp(t - c_j), below, must be finite, with a factor of e for rounding. False if it is NaN,
+        # because the exponentials are not shared after all.
         if logits.symmetric and not top - column_lse.min() < limit:
             shared = None
     is_kept, buffer, kept = False, _buffer(logits), None
