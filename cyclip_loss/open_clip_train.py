@@ -156,8 +156,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     ours, theirs = parser.parse_known_args(argv)
     if ours.lambda_progress is True and (ours.lambda_warmup or ours.loss or "--siglip" in theirs):
         parser.error("--lambda-progress excludes --lambda-warmup, --loss and --siglip")
-    if ours.loss_arguments and not ours.loss:
-        parser.error("--loss-arguments needs --loss")
     ours.lambda_progress = ours.lambda_progress and not ours.lambda_warmup
     if {"-h", "--help"} & set(theirs):
         parser.print_help()
@@ -258,6 +256,7 @@ class _Swap:
             "--same-captions excludes --accum-freq above 1 and --torchscript": captions
             and (parsed.accum_freq > 1 or getattr(parsed, "torchscript", False)),
             "--lambda-warmup excludes --skip-scheduler": warmup and parsed.skip_scheduler,
+            "--loss-arguments needs --loss": self.options.loss_arguments and not self.options.loss,
         }
         for problem, found in problems.items():
             if found:
