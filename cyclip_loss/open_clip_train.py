@@ -190,7 +190,7 @@ def steps_or_share(text: str) -> int | float:
 def loss_path(text: str) -> str:
     """An argument's type: MODULE:NAME of something callable, which can be imported."""
     try:
-        partial(resolve_name(text))
+        partial(resolve_name(text))  # TypeError: not callable
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"must be MODULE:NAME, not {text}: {error}") from error
     return text

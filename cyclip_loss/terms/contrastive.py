@@ -244,7 +244,7 @@ def _forward(
     if logits.positives:
         positives = Positives(logits.column_ids)
         block_lse = partial(positives.block_lse, block_lse)
-    if ranks.size == 1:
+    if ranks.size == 1:  # nothing is exchanged
         lse = block_lse(logits)
     else:
         lse = STRATEGIES[strategy].log_sum_exps(block_lse, logits, ranks)

@@ -279,7 +279,7 @@ def total(image_features, text_features, logit_scale):
     return {"total": image_features.sum()}
 
 
-def two(image_features, text_features, logit_scale):
+def two_terms(image_features, text_features, logit_scale):
     return image_features.sum(), text_features.sum()
 
 
@@ -299,7 +299,7 @@ CAPTIONS = "--same-captions"
         ({}, ("--loss", "test_open_clip_train:values_of_pairs"), "Tensor (6,)"),
         ({}, ("--loss", "test_open_clip_train:total"), "the keys ['total']"),
         ({}, ("--loss", "test_open_clip_train:without_scale"), "'logit_scale'"),
-        ({}, ("--loss", "test_open_clip_train:two"), "--loss returned a tuple"),
+        ({}, ("--loss", "test_open_clip_train:two_terms"), "--loss returned a tuple"),
         ({}, ("--loss", "torch.nn:Bilinear"), "--loss-arguments: "),
         ({}, ("--loss-arguments", "[1]"), "--loss-arguments needs --loss"),
         ({}, ("--loss", "test_open_clip_train:Model"), "has parameters"),
