@@ -7,12 +7,12 @@ from functools import lru_cache
 
 
 def speed_up():
-    """Let the interpreter not look for integer overflows, and replace Triton's functions only once.
+    """Let the interpreter not look for integer overflows, and do some work only once.
 
     For each sum of integers it computes another one in 64 bits, and does not use it unless it
     debugs. In each call of a @triton.jit function, and so of `tl.sum`, it replaces the functions of
     `triton.language` by its own, and puts them back. Each takes a third of the time of small
-    kernels.
+    kernels. So does what it finds out about the type and the shape of each new block.
 
     Does nothing until Triton is imported, and nothing if a new Triton works in another way.
     """
@@ -31,3 +31,20 @@ def speed_up():
             return nothing_to_put_back
 
         interpreter._patch_lang = replace_once
+        language = interpreter.tl
+        remember(language.block_type, "element_ty", lambda element, shape: (element.name, *shape))
+        remember(language.tensor, "handle", lambda handle, type: type.name)
+
+
+def remember(cls, first, key):
+    """Let an object have the attributes of an earlier one with an equal key, but the first."""
+    original, known = cls.__init__, {}
+
+    def init(self, *arguments):
+        name = key(*arguments)
+        if name not in known:
+            original(self, *arguments)
+            known[name] = vars(self)
+        vars(self).update(known[name], **{first: arguments[0]})
+
+    cls.__init__ = init

@@ -45,7 +45,7 @@ def test_stack_counts_as_spilled_only_if_it_is_accessed(instruction, stack, spil
     assert nvidia_registers(usage + sass) == (200, spilled)
 
 
-def compiled() -> tuple[set[str], set[str], list[str]]:
+def compiled():
     """Kernels and labels of the variants in two precisions; faults of a `contrastive_grads`."""
     variants = gate.variants("sm_90", "bfloat16")
     _, faults = gate.build(next(v for v in variants if v.name == "contrastive_grads"))
@@ -81,7 +81,7 @@ CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, 
         ("scale_grad", "bfloat16", {"fuses": False}, "does not fuse"),
     ],
 )
-def test_each_fault_is_named(kernel: str, features: str, changes, fault: str):
+def test_each_fault_is_named(kernel, features, changes, fault):
     found = replace(CLEAN, **changes).faults("sm_90", kernel, features)
     assert len(found) == bool(fault)
     assert fault in "".join(found)

@@ -9,11 +9,15 @@ import shlex
 from argparse import Namespace
 
 import pytest
+import torch
 from miniature import TINY, make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.pretrain import patches, views
 from reference_train.pretrain import pretrain as command
+
+# The iterator of a run that failed is waited for when Python collects it, by default 5 seconds.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
@@ -34,7 +33,7 @@ def run_folder(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
 
 
-def make_emoji(darkest: int = 0) -> Dataset:
+def make_emoji(darkest=0):
     """Three styles of eight emoji."""
     names = [f"thing {i}" for i in range(8)]
     images = Images(torch.arange(darkest, darkest + 24 * 3 * 8 * 8).view(24, 3, 8, 8).byte())
@@ -209,7 +208,7 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
             raise error
         return {"numbers": {"alignment": 0.5}, "groups": {}}
 
-    def again(options: str = "") -> tuple[dict[str, Any], list[int]]:
+    def again(options=""):
         """The evaluation, and what it measured."""
         measured.clear()
         return evaluate(tmp_path / "out", f"{run} --data {tmp_path} {options}"), measured
