@@ -12,7 +12,7 @@ def speed_up():
     For each sum of integers it computes another one in 64 bits, and does not use it unless it
     debugs. In each call of a @triton.jit function, and so of `tl.sum`, it replaces the functions of
     `triton.language` by its own, and puts them back. Each takes a third of the time of small
-    kernels. So does what it finds out about the type and the shape of each new block.
+    kernels. Of what is left, it spends a quarter on the type and the shape of each new block.
 
     Does nothing until Triton is imported, and nothing if a new Triton works in another way.
     """
@@ -32,12 +32,15 @@ def speed_up():
 
         interpreter._patch_lang = replace_once
         language = interpreter.tl
-        remember(language.block_type, "element_ty", lambda element, shape: (element.name, *shape))
+        remember(language.block_type, "element_ty", lambda x, shape: f"{x.name} {[*shape]}")
         remember(language.tensor, "handle", lambda handle, type: type.name)
 
 
 def remember(cls, first, key):
-    """Let an object have the attributes of an earlier one with an equal key, but the first."""
+    """Let new objects copy the attributes of an earlier one with an equal key.
+
+    first: the attribute that holds the first argument, and is not copied.
+    """
     original, known = cls.__init__, {}
 
     def init(self, *arguments):
