@@ -14,7 +14,7 @@ def speed_up():
     `triton.language` by its own, and puts them back. Each takes a third of the time of small
     kernels. Of what is left, it spends a quarter on the type and the shape of each new block.
 
-    Does nothing until Triton is imported, and nothing if a new Triton works in another way.
+    Does nothing until Triton is imported, and nothing where a new Triton has no such functions.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
     with suppress(AttributeError, TypeError):
@@ -37,9 +37,10 @@ def speed_up():
 
 
 def remember(cls, first, key):
-    """Let new objects copy the attributes of an earlier one with an equal key.
+    """Let `cls(...)` copy the attributes of the first object whose arguments had the same key.
 
-    first: the attribute that holds the first argument, and is not copied.
+    key: a function of the arguments. first: the attribute that holds the first argument, which is
+    the object's own.
     """
     original, known = cls.__init__, {}
 
@@ -47,7 +48,7 @@ def remember(cls, first, key):
         name = key(*arguments)
         if name not in known:
             original(self, *arguments)
-            known[name] = vars(self)
+            known[name] = dict(vars(self))
         vars(self).update(known[name], **{first: arguments[0]})
 
     cls.__init__ = init

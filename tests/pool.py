@@ -121,9 +121,6 @@ class Ranks:
         return [results[rank] for rank in sorted(results)]
 
 
-Traffic = list[tuple[str, int]]
-
-
 class Collectives(TorchDispatchMode):
     """Records each collective: its name, and the bytes of its result (or of its input, for sends,
     reduce-scatters, and what DDP and FSDP2 do in place). `largest` is the most elements that the

@@ -5,7 +5,6 @@ Warnings that depend on the whole batch are tested here, too.
 
 import contextlib
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from support import forget_warnings
 
 from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_warnings
 
-Call = dict[str, Any]  # the options of a rank's `Case`, and these of the function under test:
+# A rank's call has options of its `Case`, and these of the function under test.
 NO_EFFECT = (
     "cache_labels", "chunk_size", "gather_with_grad", "impl", "local_loss", "world_size",
 )  # fmt: skip

@@ -15,7 +15,6 @@ TINY = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 TEN_CLASSES = "\n".join("abcdefghij")
-Samples = list[dict[str, bytes]]
 
 
 def write_run(folder):

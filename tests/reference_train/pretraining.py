@@ -16,7 +16,8 @@ from cyclip_loss import open_clip_train
 from reference_train.pretrain import patches, views
 from reference_train.pretrain import pretrain as command
 
-# The iterator of a run that failed is waited for when Python collects it, by default 5 seconds.
+# How long Python waits for the workers of a failed run when it collects their iterator; 5 seconds
+# by default.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 

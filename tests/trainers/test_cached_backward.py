@@ -5,7 +5,6 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pool
@@ -27,7 +26,6 @@ from cyclip_loss import CyCLIPLoss, cached_backward
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 N, IMAGE_SIZE, TEXT_SIZE = 11, 6, 5
-Names = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
