@@ -36,7 +36,7 @@ OPTIONS = {
 }
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
-penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
+penalties change: CLIP next to CyCLIP. Without arguments it takes about 10 minutes on two CPU
 cores. If it is interrupted, the same command repeats only the run that was not finished."""
 EPILOG = """\
 other commands, each with its own --help:
