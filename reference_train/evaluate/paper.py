@@ -4,7 +4,7 @@
 only. A number of images is 0 if it is not known.
 `published.csv` has the numbers. Its columns are the dataset; the metric; the source, as the table's
 heading shows it; a number in % for each model; the mark, a key of `MARKS`; and where the number was
-read. Nothing reads `published_data_size.csv`, of runs on other numbers of pairs.
+read.
 """
 
 from pathlib import Path
