@@ -73,7 +73,7 @@ class CyCLIPLoss(ContrastiveModule):
             the kernels if they support the features' device, else "eager". With "auto" each layout
             of a call is compared with PyTorch when a kernel is first used for it; if the kernel is
             wrong, a warning says so, and "eager" computes from then on. The environment variable
-            CYCLIP_LOSS_IMPL sets what "auto" means.
+            CYCLIP_LOSS_IMPL, read at import, sets what "auto" means.
 
     All options are attributes that may be set between calls, also of a compiled loss.
 

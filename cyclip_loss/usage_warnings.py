@@ -74,9 +74,8 @@ def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -
     Waits for the device.
     """
     dtype = torch.promote_types(features[0].dtype, torch.float32)
-    norm = torch.linalg.vector_norm
-    lengths = torch.cat([norm(x.detach(), dim=1, dtype=dtype) for x in features])
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    lengths = [torch.linalg.vector_norm(x.detach(), dim=1, dtype=dtype) for x in features]
+    shortest, longest = torch.stack(torch.cat(lengths).aminmax()).tolist()
     # NaN fails both comparisons, so it causes no warning.
     if shortest < 1 - LENGTH_TOLERANCE or longest > 1 + LENGTH_TOLERANCE:
         warn_once(
@@ -87,7 +86,7 @@ def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -
         )
     if logit_scale is None:
         return
-    scale = float(logit_scale.detach())
+    scale = logit_scale.item()
     if not LEAST_SCALE <= scale < torch.inf:
         warn_once(
             "scale",

@@ -24,6 +24,10 @@ from cyclip_loss.numerics import architecture, float32_is_exact
 from cyclip_loss.options import IMPLS, one_of
 from cyclip_loss.usage_warnings import warn_once
 
+# What "auto" means. Read once: to look up a variable that is not set takes as long as the check of
+# the features.
+IMPL_OF_AUTO = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
+
 
 def engine_of(features: Tensor, impl: str = "auto") -> str:
     """What computes such features in this process, and why, in words to print.
@@ -54,7 +58,7 @@ def choose(impl: str, features: Tensor) -> tuple[str, str]:
     source, asked = "impl", impl
     if impl == "auto":
         source = "CYCLIP_LOSS_IMPL"
-        asked = os.environ.get(source) or impl
+        asked = IMPL_OF_AUTO
     one_of(IMPLS)(source, asked)
     why_not: str | None = f"{source} is 'eager'"
     if features.dtype == torch.float64:

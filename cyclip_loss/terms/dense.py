@@ -30,7 +30,7 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         traced = is_traced(row_features)
-        negatives = (row_features @ column_features.to(dtype).T) * logits.logit_scale
+        negatives = (row_features @ column_features.to(dtype).mT) * logits.logit_scale
         detached = negatives.detach()
         # Autograd does not see the masks, which are written through `detached`. It need not: the
         # gradient of a masked logit is 0, as its exponential is 0 or, in a row without negatives,
@@ -78,10 +78,10 @@ def cyclic_terms(
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)
-        w_matrix = (image + text) @ (image - text).T
+        w_matrix = (image + text) @ (image - text).mT
         if not with_cross:
             # The backward of a product takes less time than that of `square`.
             return [(w_matrix * w_matrix).sum() * ((weights[0] + weights[1]) / 2)]
-        inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
-        crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
+        inmodal = (w_matrix + w_matrix.mT).square().sum() * (weights[0] / 4)
+        crossmodal = (w_matrix - w_matrix.mT).square().sum() * (weights[1] / 4)
         return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]

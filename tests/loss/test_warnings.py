@@ -54,8 +54,8 @@ def test_likely_mistakes_warn_once(module, n, changes, expected):
     for name, value in changes.items():
         given[name] = long if isinstance(value, str) else value
     found = messages(lambda: module(**given))
-    assert len(found) == bool(expected), found
-    assert all(expected in message for message in found), found
+    assert len(found) == bool(expected)
+    assert all(expected in message for message in found)
 
 
 def test_each_warning_shows_the_users_line(device):
