@@ -52,8 +52,8 @@ def consistency_metrics(
     comparable between batch sizes. They are small, too, where all features are alike; correlations
     are not (representational similarity analysis, Kriegeskorte et al. 2008). Correlations are NaN
     if N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
-    Isola 2020, alpha = t = 2. Modality gap: Liang et al. 2022. Penalties that
-    are not `centered` widen it.
+    Isola 2020, alpha = t = 2. Modality gap: Liang et al. 2022. The penalties
+    widen it, less if `centered`.
 
     Args:
         image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast,
