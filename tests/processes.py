@@ -15,11 +15,16 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DE
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
-def run_python(*arguments, cwd=ROOT):
-    """Run Python to its end, by default in the checkout."""
-    options = {"capture_output": True, "text": True, "timeout": 1200.0, "check": False}
-    command, environment = [sys.executable, *arguments], os.environ | ENVIRONMENT
-    return subprocess.run(command, cwd=cwd, env=environment, **options)
+def run_python(*arguments):
+    """Run Python to its end, in the checkout."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=1200.0,
+    )
 
 
 def run_forked(program, *arguments, cwd):

@@ -30,6 +30,7 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         traced = is_traced(row_features)
+        # Not `.T`, a permutation for autograd, which takes longer.
         negatives = (row_features @ column_features.to(dtype).mT) * logits.logit_scale
         detached = negatives.detach()
         # Autograd does not see the masks, which are written through `detached`. It need not: the

@@ -49,9 +49,10 @@ GPUS = [
 def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     gpu, version, expected, monkeypatch
 ):
-    properties = SimpleNamespace(gcnArchName=gpu)
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=gpu)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
     assert numerics.architecture.__wrapped__(torch.device("cuda")) == expected
@@ -104,7 +105,10 @@ def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch):
     assert engine_of(SMALL) == f"PyTorch: {problem}"
 
 
-def test_a_bad_environment_variable_is_refused(monkeypatch):
+def test_the_environment_variable_is_read_at_import(monkeypatch):
+    """An empty one means "auto", and a bad one is refused."""
+    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "")
+    assert run_path(engines.__file__)["IMPL_OF_AUTO"] == "auto"
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
         run_path(engines.__file__)["choose"]("auto", SMALL)

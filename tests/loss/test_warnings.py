@@ -55,7 +55,7 @@ def test_likely_mistakes_warn_once(module, n, changes, expected):
         given[name] = long if isinstance(value, str) else value
     found = messages(lambda: module(**given))
     assert len(found) == bool(expected)
-    assert all(expected in message for message in found)
+    assert all(expected in message for message in found), found
 
 
 def test_each_warning_shows_the_users_line(device):
