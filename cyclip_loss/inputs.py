@@ -90,6 +90,9 @@ def prepare(
                 raise ValueError(f"{name} needs {kind}_features, got None")
             continue
         has_pairs, of_images = kind.startswith("augmented"), kind in IMAGES_MEET
+        missing = {"augmented_image_features", "augmented_text_features"} - {*further}
+        if has_pairs and missing:
+            raise ValueError(f"augmented features go together: {missing.pop()} is None")
         rows, rows_name = (images, "image_features") if of_images else (texts, "text_features")
         names = rows_name, name
         columns = check_features(rows, features, names, ranks.size > 1, has_pairs)[1]
@@ -103,9 +106,6 @@ def prepare(
             columns, scale = columns + zero, scale + zero.sum()
         row_ids = None if column_ids is None else ids
         found.append((name, rows, columns, row_ids, column_ids, 0 if has_pairs else NO_PAIRS))
-    missing = {"augmented_image_features", "augmented_text_features"} - {*further}
-    if len(missing) == 1:
-        raise ValueError(f"augmented features go together: {missing.pop()} is None")
     counted: dict[str, Ranks] = {}
     if ranks.size > 1:
         function = function or type(options).__name__
@@ -236,10 +236,10 @@ def check_features(
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )
-        if features.ndim != 2 or features.shape[0] < min_rows or features.shape[1] == 0:
+        shape = features.shape
+        if len(shape) != 2 or shape[0] < min_rows or shape[1] == 0:
             raise ValueError(
-                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, "
-                f"got {tuple(features.shape)}"
+                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, got {tuple(shape)}"
             )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
@@ -247,10 +247,11 @@ def check_features(
         dtype = torch.get_autocast_dtype(first.device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
     must = f"{names[0]} and {names[1]} must have the same"
-    if paired and first.shape != second.shape:
-        raise ValueError(f"{must} shape, got {tuple(first.shape)} and {tuple(second.shape)}")
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"{must} D, got {first.shape[1]} and {second.shape[1]}")
+    if first.shape != second.shape:
+        if paired:
+            raise ValueError(f"{must} shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+        if first.shape[1] != second.shape[1]:
+            raise ValueError(f"{must} D, got {first.shape[1]} and {second.shape[1]}")
     if first.device != second.device:
         raise ValueError(f"{must} device, got {first.device} and {second.device}")
     if first.dtype != second.dtype:

@@ -27,42 +27,46 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     """
     dtype = logits.logit_scale.dtype
     lowest = torch.finfo(dtype).min
-    with without_autocast(logits.row_features):
-        row_features, column_features = logits.row_features.to(dtype), logits.column_features
-        traced = is_traced(row_features)
-        # Not `.T`, a permutation for autograd, which takes longer.
-        negatives = (row_features @ column_features.to(dtype).mT) * logits.logit_scale
-        detached = negatives.detach()
-        # Autograd does not see the masks, which are written through `detached`. It need not: the
-        # gradient of a masked logit is 0, as its exponential is 0 or, in a row without negatives,
-        # the upstream gradient is. While compiling it sees them: else Inductor (PyTorch 2.13) drops
-        # the gradient of the pair logits in batches of 3 or 4 pairs.
-        masked = negatives if traced else detached
-        diagonal = masked.diagonal()
-        # NaN for an infinite pair logit, which would look perfectly matched.
-        pair_logits = negatives.diagonal().add(diagonal.detach(), alpha=0)
-        if logits.partner_offset == 0:
-            diagonal.fill_(lowest)
-        same = logits.same_ids(0, negatives.shape[0])
-        if same is not None:
-            masked.masked_fill_(same, lowest)
-        dims = (1, 0) if logits.symmetric else (1,)
-        if row_features.is_cpu and not traced:
-            # One exponential serves rows and columns, forward and backward, unless a sum is below
-            # 1e-19. Of a larger one, exponentials that underflow (each below 1.2e-38 in float32)
-            # are less than 1e-15, for 8,192 of them; and an upstream gradient of up to 1e19 can be
-            # divided by it. (To see the sums, a GPU's host would wait, and compiled code cannot.)
-            maximum = detached.max()
-            exps = (negatives - maximum).exp_()
-            sums = torch.stack([exps.sum(dim) for dim in dims])
-            if sums.min().item() >= 1e-19:
-                return sums.log() + maximum, pair_logits
-        # Not `torch.logsumexp`, which computes the exponentials again in backward.
-        of_dims = []
-        for dim in dims:
-            maximum = detached.amax(dim, keepdim=True)
-            of_dims.append((negatives - maximum).exp_().sum(dim).log() + maximum.view(-1))
-        return torch.stack(of_dims), pair_logits
+    rest: list[Any]
+    row_features, column_features, *rest = logits
+    if row_features.dtype != dtype:
+        # Under autocast, which would round the products, all features but float64 have 16 bits.
+        with without_autocast(row_features):
+            return log_sum_exps(Logits(row_features.to(dtype), column_features.to(dtype), *rest))
+    traced = is_traced(row_features)
+    # Not `.T`, a permutation for autograd, which takes longer.
+    negatives = (row_features @ column_features.mT) * logits.logit_scale
+    detached = negatives.detach()
+    # Autograd does not see the masks, which are written through `detached`. It need not: the
+    # gradient of a masked logit is 0, as its exponential is 0 or, in a row without negatives,
+    # the upstream gradient is. While compiling it sees them: else Inductor (PyTorch 2.13) drops
+    # the gradient of the pair logits in batches of 3 or 4 pairs.
+    masked = negatives if traced else detached
+    diagonal = masked.diagonal()
+    # NaN for an infinite pair logit, which would look perfectly matched.
+    pair_logits = negatives.diagonal().add(diagonal.detach(), alpha=0)
+    if logits.partner_offset == 0:
+        diagonal.fill_(lowest)
+    same = logits.same_ids(0, negatives.shape[0])
+    if same is not None:
+        masked.masked_fill_(same, lowest)
+    dims = (1, 0) if logits.symmetric else (1,)
+    if row_features.is_cpu and not traced:
+        # One exponential serves rows and columns, forward and backward, unless a sum is below
+        # 1e-19. Of a larger one, exponentials that underflow (each below 1.2e-38 in float32)
+        # are less than 1e-15, for 8,192 of them; and an upstream gradient of up to 1e19 can be
+        # divided by it. (To see the sums, a GPU's host would wait, and compiled code cannot.)
+        maximum = detached.max()
+        exps = (negatives - maximum).exp_()
+        sums = torch.stack([exps.sum(dim) for dim in dims])
+        if sums.min().item() >= 1e-19:
+            return sums.log() + maximum, pair_logits
+    # Not `torch.logsumexp`, which computes the exponentials again in backward.
+    of_dims = []
+    for dim in dims:
+        maximum = detached.amax(dim, keepdim=True)
+        of_dims.append((negatives - maximum).exp_().sum(dim).log() + maximum.view(-1))
+    return torch.stack(of_dims), pair_logits
 
 
 def cyclic_terms(
