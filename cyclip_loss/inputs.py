@@ -247,11 +247,12 @@ def check_features(
         dtype = torch.get_autocast_dtype(first.device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
     must = f"{names[0]} and {names[1]} must have the same"
-    if first.shape != second.shape:
-        if paired:
+    # Unless paired, only D is compared: compiled code must not depend on whether M is N.
+    if paired:
+        if first.shape != second.shape:
             raise ValueError(f"{must} shape, got {tuple(first.shape)} and {tuple(second.shape)}")
-        if first.shape[1] != second.shape[1]:
-            raise ValueError(f"{must} D, got {first.shape[1]} and {second.shape[1]}")
+    elif first.shape[1] != second.shape[1]:
+        raise ValueError(f"{must} D, got {first.shape[1]} and {second.shape[1]}")
     if first.device != second.device:
         raise ValueError(f"{must} device, got {first.device} and {second.device}")
     if first.dtype != second.dtype:

@@ -25,8 +25,9 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
     the columns are extra negatives, the pairs' logits are arbitrary. Without negatives, a
     log-sum-exp is the lowest number of the dtype: of -inf, the gradient would be NaN.
 
-    may_share: on a CPU, one exponential of each logit serves rows and columns, unless a sum is then
-    too small. (To see the sums, a GPU's host would wait, and compiled code cannot.)
+    may_share: on a CPU, one exponential of each logit serves rows and columns. If a sum is then too
+    small, everything is computed again. (To see the sums, a GPU's host would wait, and compiled
+    code cannot.)
     """
     dtype = logits.logit_scale.dtype
     lowest = torch.finfo(dtype).min

@@ -226,8 +226,11 @@ def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
     torch.testing.assert_close(results(compiled, *inputs), results(function, *inputs))
 
 
-def test_an_exported_loss_with_ids_has_the_same_value():
-    given = Case(9, 4, distinct_ids=5).arguments("cpu")
-    given["ids"] = given["ids"].contiguous()
-    exported = torch.export.export(CyCLIPLoss(), (), given, strict=True)
-    torch.testing.assert_close(exported.module()(**given), CyCLIPLoss()(**given))
+def test_an_exported_loss_with_ids_and_negatives_has_the_same_value():
+    """Also with as many negatives as pairs."""
+    cases = [Case(9, 4, distinct_ids=5, negatives=(m, None)).arguments("cpu") for m in (7, 9)]
+    shapes = {name: {0: torch.export.Dim.AUTO} if x.ndim else None for name, x in cases[0].items()}
+    loss = CyCLIPLoss()
+    exported = torch.export.export(loss, (), cases[0], dynamic_shapes=shapes, strict=True).module()
+    for inputs in cases:
+        torch.testing.assert_close(exported(**inputs), loss(**inputs))
