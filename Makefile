@@ -17,8 +17,9 @@ versions:
 bench:
 	$(PYTHON) -m benchmarks
 
+# glibc keeps freed memory: else each step of a dense loss waits for the system's, for times that vary.
 record:
-	$(PYTHON) -m benchmarks --out benchmarks/results --name two-cpu-cores
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 $(PYTHON) -m benchmarks --out benchmarks/results --name two-cpu-cores
 	$(MAKE) tables
 
 gpu:
