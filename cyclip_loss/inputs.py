@@ -116,8 +116,6 @@ def prepare(
         columns_of_ranks, has_pairs = counted.get(name, ranks), partner_offset == 0
         if not has_pairs and columns_of_ranks.total_rows(columns.shape[0]) == 0:
             continue
-        if column_ids is not None:  # torch.compile refuses the same tensor twice
-            column_ids = column_ids.view_as(column_ids)
         logits = Logits(
             rows,
             columns,
