@@ -141,6 +141,7 @@ def log_sum_exps(
     started, grams: what was sent before, by `start` and by `cyclic.start`.
     """
     comparisons = batch.comparisons
+    results: list[Any]
     if plan.contrastive == "dense":
         results = [dense.log_sum_exps(x.logits) for x in comparisons]
     else:
@@ -227,9 +228,8 @@ class _LogSumExps(torch.autograd.Function):
             lse_grad, pair_grad = grads.pop(0), grads.pop(0)
             other_grad = grads.pop(0) if logits.positives else None
             needs = [needs_input_grad.pop(0) for _ in range(INPUTS_PER_COMPARISON)][:3]
-            own_grads: list[Tensor | None] = [None, None, None]
             if any(needs):
-                own_grads = after = list(
+                after = list(
                     contrastive_backward(
                         logits,
                         UpstreamGradients(lse_grad, pair_grad, other_grad),
@@ -244,6 +244,7 @@ class _LogSumExps(torch.autograd.Function):
                     )
                 )
             # Autograd ignores the empty gradients of inputs that need none.
+            own_grads = after if any(needs) else [None] * 3
             returned += [*own_grads, *[None] * (INPUTS_PER_COMPARISON - 3)]
         return tuple(returned)
 
