@@ -79,10 +79,11 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(option
             torch.autograd.grad(penalty, inputs, retain_graph=True)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# The extra negatives of one pair are its only ones.
+@pytest.mark.parametrize("options", [*OPTIONS, {"n": 1, "negatives": (2, None)}], ids=str)
 def test_small_batches_have_second_derivatives(options, device):
     """The dense form is plain PyTorch."""
-    case = Case(3, 3, WIDE, **options)
+    case = Case(**{"n": 3, "d": 3, "dtype": WIDE, **options})
     given, loss = case.arguments(device), function_of(case, "eager")
     leaves = [x.requires_grad_() for x in given.values()]
     assert torch.autograd.gradgradcheck(
