@@ -83,6 +83,9 @@ class CyCLIPLoss(ContrastiveModule):
     process on the whole batch. The first call with a given configuration verifies that all ranks
     agree. docs/distributed.md has the details.
 
+    Gradients that fit into their dtype are finite if the upstream gradient, such as the scale of a
+    `GradScaler`, is at most 1e29 or, up to N = D, 1e19. (With float64 features: 1e289.)
+
     Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
     whose rows are not of unit length, or a logit scale that is not finite, or is below 5 and so

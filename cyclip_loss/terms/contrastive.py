@@ -35,7 +35,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import engines
@@ -47,7 +46,7 @@ from cyclip_loss.logits import (
     SharedExponentials,
     empty_grad_like,
 )
-from cyclip_loss.numerics import is_traced, tensors_of
+from cyclip_loss.numerics import is_traced, softplus, tensors_of
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
@@ -94,7 +93,7 @@ def losses(batch: Batch, lse: list[PairLse]) -> list[Tensor]:
     """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
     losses = []
     for negatives_lse, pair_logits, other_positives in lse:
-        of_pairs = F.softplus(negatives_lse - pair_logits, threshold=40.0)
+        of_pairs = softplus(negatives_lse - pair_logits)
         if batch.ranks.size == 1:
             loss = of_pairs.mean()
         else:
