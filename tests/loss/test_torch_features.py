@@ -1,5 +1,7 @@
 """The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation."""
 
+import subprocess
+import sys
 from functools import partial
 from unittest.mock import Mock
 
@@ -89,6 +91,25 @@ def test_small_batches_have_second_derivatives(options, device):
     assert torch.autograd.gradgradcheck(
         lambda *inputs: loss(**dict(zip(given, inputs, strict=True))), leaves
     )
+
+
+LINEARIZE = """
+import torch
+from cyclip_loss import CyCLIPLoss
+
+features = torch.eye(3)
+try:
+    torch.func.linearize(lambda x: CyCLIPLoss()(x, features, 10.0), features)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_linearizing_the_loss_is_an_error_and_does_not_crash():
+    """PyTorch's tracer ends the process at `x.add(y, alpha=0)`, so another process runs it."""
+    command = [sys.executable, "-W", "ignore", "-c", LINEARIZE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "tracing tensor" in done.stdout) == (0, True), done.stderr
 
 
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
