@@ -70,7 +70,7 @@ def save(result: Result, out: Path) -> None:
 def describe(data: Dataset) -> dict[str, Any]:
     """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its content.
 
-    The hash is of all texts and labels, and of the images' names and sizes (`Images.identity`).
+    The hash is of all texts and labels, and of the images' files (`Images.identity`).
     """
     groups = dict(Counter(data.groups or []))
     captions = len(data.images) if groups else 0  # class names are used as captions

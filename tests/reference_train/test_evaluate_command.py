@@ -239,6 +239,11 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     ):
         write_set(tmp_path / "wds_x", {"test": test, **train}, classnames=TEN_CLASSES)
         assert again()[1] == [2]
+    shard = tmp_path / "wds_x" / "test" / "0.tar"
+    content = shard.read_bytes()
+    last = content.rindex(b"IEND") - 5  # of the pixels of the last picture: sizes stay
+    shard.write_bytes(content[:last] + bytes([content[last] ^ 1]) + content[last + 1 :])
+    assert again()[1] == [2]
     monkeypatch.setattr(command, "open_emoji", partial(make_emoji, 1))
     assert again()[1] == [24]
     os.utime(run / "checkpoints" / "epoch_2.pt")  # as if it had been trained on

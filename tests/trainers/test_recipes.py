@@ -301,6 +301,10 @@ def test_caption_ids_are_equal_if_captions_are():
     # Every process, and so every rank, has these.
     assert balanced[:2].tolist() == [5095196689493919501, 2722107349664876926]
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
+    padded = [torch.nn.functional.pad(tokens, (0, count), value=50283) for count in (1, 3)]
+    first, second = (caption_ids(x, pad_id=50283) for x in padded)
+    assert torch.equal(first, second)
+    assert torch.equal(first[:, None] == first, ids[:, None] == ids)
 
 
 def test_compiled_caption_ids_are_those_of_eager_code():
