@@ -17,6 +17,7 @@ from benchmarks.compare import accuracy, cost, report
 from benchmarks.compare.competitors import (
     BESIDE_YOURS,
     COMPETITORS,
+    DENSE_CLIP,
     NAMES,
     OURS,
     Competitor,
@@ -154,14 +155,41 @@ assert not child or os.wait()[1] == 0
 """
 
 
+def test_a_loss_without_memory_is_drawn(tmp_path):
+    """Its users would lose the whole record of a run to a logarithm of 0."""
+    names = {"OWN": 0.0, DENSE_CLIP: 1.0}
+    rows = [
+        {"N": 8, "D": 4, "dtype": "float32", "loss": loss, "ms": 1.0, "peak MB": memory}
+        for loss, memory in names.items()
+    ]
+    report.draw(rows, "a device", tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").exists()
+
+
+READ_ONLY_PROC = """
+from pathlib import Path
+from benchmarks.measure import limit_to_available
+
+def refuse(*_):
+    raise OSError("read-only file system")
+
+Path.write_text = refuse
+print(limit_to_available() > 0)
+"""
+
+
+def test_memory_is_limited_where_proc_is_read_only(tmp_path):
+    assert run_forked(READ_ONLY_PROC, cwd=tmp_path).stdout == "True\n"
+
+
 @pytest.mark.parametrize("program", [ONE_ROUND, TWO_RANKS], ids=["one process", "two ranks"])
 def test_a_users_loss_is_in_the_printed_table_and_the_record(program, tmp_path):
     """It is a module, MODULE:NAME, and the current folder is empty."""
-    options = ["--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8", "--name", "a/b"]
+    options = ["--loss", "open_clip:ClipLoss", "--sizes", "16", "--dim", "8", "--name", "a/b/c"]
     ran = run_forked(program, *options, cwd=tmp_path)
     assert ran.returncode == 0, ran
     assert "| loss | 16 × 8, float32 |" in ran.stdout
-    folder = tmp_path / "runs" / "benchmarks" / "a"
+    folder = tmp_path / "runs" / "benchmarks" / "a" / "b"
     rows = [*csv.DictReader((folder / "results.csv").open())]
     assert (rows[0]["loss"], rows[0]["outcome"]) == ("open_clip:ClipLoss", "ok")
     kinds = {".csv", ".md"} if program == TWO_RANKS else {".csv", ".md", ".png"}
