@@ -47,7 +47,6 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
 
 
 def test_icons_train_in_bfloat16_where_the_cpu_computes_it(dry_run, monkeypatch):
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     for found in {"avx512_bf16": True}, {"avx512_bf16": False}, {}:
         monkeypatch.setattr(command.torch.cpu, "get_capabilities", found.copy, raising=False)
         for preset in BATCH_SIZES:
@@ -107,7 +106,6 @@ def test_ranks_share_the_batch_and_the_shards(variable, dry_run, monkeypatch):
     ],
 )
 def test_pretrain_refuses_before_any_work(change, message, dry_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=message) as error:
