@@ -6,6 +6,7 @@ number is for.
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from scipy.sparse import csr_array
@@ -20,7 +21,8 @@ from torch.nn.functional import normalize
 NEIGHBOURS = 10
 STRIP = 1024  # queries that are compared with the gallery in one product
 IMAGES_PER_CLASS = 20  # with fewer there are no heads and no clusters
-Matches = csr_array  # (n, m) bool, sparse: whether text j belongs to image i; each image has one
+# (n, m) bool, sparse: whether text j belongs to image i. Each image has a text.
+Matches: TypeAlias = csr_array
 Means = tuple[Tensor, Tensor] | None  # of image features and of text features, (D,) each
 Numbers = dict[str, float]
 

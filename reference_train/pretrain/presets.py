@@ -38,6 +38,6 @@ def preset(name: str) -> list[str]:
     if not cuda:
         # On a processor without instructions for it, bfloat16 is far slower than float32.
         # Older versions of PyTorch do not say.
-        has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+        has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("avx512_bf16")
         flags += ["--precision", "amp_bf16" if name == "icons" and has_bfloat16 else "fp32"]
     return flags
