@@ -256,7 +256,7 @@ def run_sections(
     """
     name = options.name or f"{options.command}-{run.date:%Y-%m-%dT%H%M}"
     page, found_versions = options.out / f"{name}.md", versions()
-    page.parent.mkdir(exist_ok=True)  # the name may have a folder
+    page.parent.mkdir(parents=True, exist_ok=True)  # the name may have folders
     for section, measure in sections.items():
         run.section = run.sections[section] = Section()
         run.say(section)

@@ -37,15 +37,17 @@ def draw(rows: list[Row], device: str, file: Path) -> None:
     sizes = sorted({row["N"] for row in rows})
     for ax, column, title in zip(axes, ("ms", "peak MB"), ("Time", "Peak memory"), strict=True):
         found = {(row["loss"], row["N"]): row[column] for row in rows}
+        ax.set(xscale="log", yscale="log")  # also without lines
         ends = []
         for loss, base, colour in (*DRAWN, *users):
             points = [
                 (n, found[loss, n] / found[base, n])
                 for n in sizes
-                if {(loss, n), (base, n)} <= found.keys()
+                # Too little memory to be seen has no logarithm.
+                if found.get((loss, n)) and found.get((base, n))
             ]
             if points:
-                ax.loglog(*zip(*points, strict=True), "o-", color=colour, lw=2, ms=4)
+                ax.plot(*zip(*points, strict=True), "o-", color=colour, lw=2, ms=4)
                 ends.append((math.log2(points[-1][1]), loss.split(", no")[0], colour))
         label_ends(ax, sorted(ends))
         ax.axhline(1, color="black", lw=1)

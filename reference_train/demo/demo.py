@@ -97,7 +97,7 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         "data": fingerprint(shards),
         "precision": default_precision(arguments.device),
     }
-    result = records.start(out, compared, argv, arguments.device)
+    result = records.start(out, compared, argv)
     emoji = read_emoji()
     if settings["batch_size"] > (concepts := len(emoji.in_split("train"))):
         raise UsageError(f"--batch-size {settings['batch_size']}: there are {concepts} concepts")
@@ -113,6 +113,7 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             print(f"{name}: finished before")
             continue
         print(f"run {count} of {len(runs)}: {name}", flush=True)
+        records.note_environment(result, arguments.device)
         run = {"name": name, "loss": loss, "seed": seed, "commit": code_version()}
         config = argparse.Namespace(**run, **settings)
         config.penalty_weight *= LOSSES[loss].inmodal or LOSSES[loss].crossmodal

@@ -346,7 +346,13 @@ def number_words(words: Sequence[str]) -> tuple[list[str], Tensor]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; [] if there is no such file."""
+    """The lines of a text file; [] if there is no such file. Blank lines may end it.
+
+    Raises `Unusable` for other blank lines: no name or prompt would be empty on purpose.
+    """
     if not path.is_file():
         return []
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    if "" in lines:
+        raise Unusable(f"{path}: line {lines.index('') + 1} is blank")
+    return lines

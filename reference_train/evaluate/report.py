@@ -202,11 +202,16 @@ def table_of_runs(result: Result) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write(result: Result, out: Path) -> None:
-    """Writes table.md, and prints a shorter table."""
-    write_text(markdown(result), out / "table.md")
+def write(result: Result, record: Path) -> None:
+    """Writes the table of a record, and prints a shorter one.
+
+    The table of a folder is table.md, and that of evaluation-long.json is table-long.md beside it.
+    """
+    file = record / "evaluation.json" if record.is_dir() else record
+    table = file.with_name(f"{file.stem.replace('evaluation', 'table')}.md")
+    write_text(markdown(result), table)
     Console().print(Markdown(markdown(result, short=True)))
-    print(f"\nWritten: {out / 'table.md'}")
+    print(f"\nWritten: {table}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -221,7 +226,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     results = [read_evaluation(folder) for folder in arguments.folders]
     for folder, result in zip(arguments.folders, results, strict=True):
-        write(result, folder if folder.is_dir() else folder.parent)
+        write(result, folder)
     if arguments.csv:
         rows = pd.concat(map(table_of_runs, results))
         write_text(rows.to_csv(index=False, float_format="%.6g"), arguments.csv)

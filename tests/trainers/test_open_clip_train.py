@@ -122,6 +122,7 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
         --model tiny --model-config {tmp_path}/tiny.json --dataset-type webdataset
         --train-data {EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz --train-num-samples 128 --batch-size 32
         --epochs 1 --workers 0 --log-every-n-steps 1 --warmup 1 --logs {tmp_path} --name run
+        --device cpu
     """
     own_ranks.run(2, train_on_rank, [*from_page, *small_run.split(), *flags])
     lines = (tmp_path / "run" / "out.log").read_text().splitlines()
