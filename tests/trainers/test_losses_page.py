@@ -318,7 +318,7 @@ def filip(data, negatives):
 # A text that only this block of the page has -> its N x N form: the loss of the variables that
 # `make_data` makes, with the mask of the negatives.
 DENSE = {
-    "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
+    "text_features, logit_scale\n)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,
     "negative_text_features=other_captions": several_captions,
@@ -326,7 +326,7 @@ DENSE = {
     "own_negatives": negatives_of_each_row,
     "logit_scale + alpha": hardness,
     "smoothing *": label_smoothing,
-    "expected_partner(teacher_images": soft_targets,
+    "def expected_partner": soft_targets,
     "log_weights": log_q,
     "index.repeat(2)": simclr,
     "labels.repeat(2)": supcon,
@@ -414,7 +414,7 @@ def test_every_recipe_of_the_page_is_compared():
 @pytest.mark.parametrize(
     ("marker", "n", "tokens"),
     # The first has too many logits to keep their exponentials.
-    [("expected_partner(teacher_images", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
+    [("def expected_partner", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
 )
 def test_soft_targets_and_maxsim_need_no_matrix(marker, n, tokens):
     """In float64. The N x N forms keep several matrices, of similarities of tokens."""
