@@ -1,7 +1,8 @@
 """The site has the repository's tree, so that a relative link is right in both.
 
-What is a page or a picture here is on the site. A link to any other file of the repository leads to
-the repository's page of it, or is plain text if the address of the repository is not known.
+What is a page, a picture or a script here is on the site. A link to any other file of the
+repository leads to the repository's page of it, or is plain text if the address of the repository
+is not known.
 """
 
 import re
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 ON_SITE = (
     "*.md",
     "docs/*.md",
+    "docs/*.py",
     "docs/*.png",
     "docs/*.svg",
     "benchmarks/**/*.md",
