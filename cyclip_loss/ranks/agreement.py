@@ -103,7 +103,7 @@ def _compare(
     same = "must be the same on every rank, got"
     differing = [f"{name} {same} {_listed(x)}" for name, x in by_rank.items() if len(set(x)) > 1]
     if differing:
-        raise ValueError("; ".join(differing) + " (more: docs/troubleshooting.md)")
+        raise ValueError("; ".join(differing) + " (more: docs/questions.md)")
     if sum(counts[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)

@@ -46,7 +46,8 @@ def test_a_competitor_computes_its_definition(competitor, monkeypatch):
 
 def test_the_losses_beside_a_users_loss_are_measured_at_all_sizes():
     assert len(NAMES) == len(COMPETITORS)
-    assert {name for drawn in report.DRAWN for name in drawn[:2]} | {*BESIDE_YOURS} <= NAMES
+    drawn = {line.loss for lines in report.FIGURES.values() for line in lines}
+    assert drawn | {*BESIDE_YOURS} <= NAMES
     assert all(c.up_to == math.inf for c in COMPETITORS if c.cuda_only or c.name in BESIDE_YOURS)
 
 

@@ -249,6 +249,71 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
         assert {"eval_loss", *(TERMS if family == "CLIP" else ())} <= logged
 
 
+FINE_TUNING = "Fine-tuning with Hugging Face"
+
+
+def fine_tuned(clip, folder):
+    """The model of the recipe after one step of SGD with a learning rate of 1."""
+    import transformers
+
+    arguments = transformers.TrainingArguments(
+        str(folder), optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1,
+        max_grad_norm=0.0, per_device_train_batch_size=32, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    samples = [
+        {"pixel_values": image, "input_ids": text, "attention_mask": torch.ones_like(text)}
+        for image, text in zip(*batch(), strict=True)
+    ]
+    names = {"clip": clip, "training_arguments": arguments, "dataset": samples}
+    names = run(FINE_TUNING, **names)
+    names["trainer"].evaluate(samples)
+    assert "eval_loss" in set().union(*names["trainer"].state.log_history)
+    return names["model"]
+
+
+@pytest.mark.parametrize("returns_tensors", [False, True], ids=["transformers 5", "4"])
+def test_fine_tuning_takes_the_step_of_clips_own_loss(returns_tensors, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    clip, right = (recipe_cases.tiny_hugging_face() for _ in range(2))
+    images, tokens = batch()
+    right(pixel_values=images, input_ids=tokens, return_loss=True).loss.backward()
+    expected = [p - p.grad for p in right.parameters()]
+    for name in ("get_image_features", "get_text_features"):
+        found = getattr(clip, name)
+
+        def towers(*, found=found, **inputs):
+            """The form of either version."""
+            output = found(**inputs)
+            tensor = getattr(output, "pooler_output", output)
+            return tensor if returns_tensors else SimpleNamespace(pooler_output=tensor)
+
+        monkeypatch.setattr(clip, name, towers)
+    # Its N x N logits are not computed.
+    monkeypatch.setattr(transformers.CLIPModel, "forward", None)
+    model = fine_tuned(clip, tmp_path)
+    for parameter, wanted in zip(model.clip.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), wanted.detach(), rtol=0, atol=1e-4)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_fine_tuning_with_lora_trains_its_weights_alone(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    clip = recipe_cases.tiny_hugging_face()
+    before = {name: p.detach().clone() for name, p in clip.named_parameters()}
+    model = fine_tuned(run(FINE_TUNING, 1, clip=clip)["clip"], tmp_path)
+    after = dict(model.clip.named_parameters())
+    assert any(p.any() for name, p in after.items() if "lora_B" in name)
+    for name, start in before.items():
+        (kept,) = [
+            p
+            for full, p in after.items()
+            if full.replace(".base_layer", "").endswith(f"model.{name}")
+        ]
+        assert torch.equal(kept, start)
+
+
 def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeypatch):
     """The first two columns are the pairs. The library's trainer is not run."""
     library = SimpleNamespace(SentenceTransformerTrainer=MagicMock())
