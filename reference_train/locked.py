@@ -72,6 +72,8 @@ class Pairs:
 class Features(Images):
     """The features of images, in the place of their pixels."""
 
+    places: Tensor  # (n, 1280)
+
     def __getitem__(self, index: int, /) -> Any:
         return self.places[index]
 

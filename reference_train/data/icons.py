@@ -62,17 +62,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def build(
-    archive: Path, out: Path, limit: int | None, part: tuple[int, int] | None = None
+    archive: Path, out: Path, limit: int | None, places: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Writes the shards and sizes.json into `out`. Returns their entries in the manifest.
 
     limit: how many icons to draw, picked at random; None: all.
-    part: draw all held-out icons, and these of the others in their random order.
+    places: draw all held-out icons and, of the others in their random order, those from A to B.
     """
     sets, icons = read_sets(archive)
-    if part:
+    if places:
         others = [icon for icon in icons if not is_held_out(icon.name)]
-        icons = [icon for icon in icons if is_held_out(icon.name)] + others[slice(*part)]
+        icons = [icon for icon in icons if is_held_out(icon.name)] + others[slice(*places)]
     icons = icons[:limit]
     # Part -> name -> number of its pictures.
     names: dict[str, Counter[str]] = {part: Counter() for part in PICTURES_OF_A_NAME}

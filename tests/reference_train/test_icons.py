@@ -146,9 +146,12 @@ def test_a_part_has_all_held_out_icons_and_other_training_icons(
 ):
     monkeypatch.setattr(icon_sets, "VALIDATION_SHARE", 0.5)
     drawn = []
-    monkeypatch.setattr(
-        icons, "distinct_pictures", lambda chosen: drawn.append(chosen) or (x for x in ())
-    )
+
+    def draw_nothing(chosen):
+        drawn.append(chosen)
+        yield from ()
+
+    monkeypatch.setattr(icons, "distinct_pictures", draw_nothing)
     for first, last in ((0, 3), (3, 6)):
         icons.build(package, tmp_path, None, (first, last))
     (held_out, first), (again, second) = (
