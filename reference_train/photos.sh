@@ -33,7 +33,8 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
 # epochs of 36,013 are 846 steps of 256, and in each 1,793 pairs come twice.
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for setting in ${SETTINGS:-clip recommended warmup constant c-cyclip-warmup i-cyclip-warmup \
-        recommended-centered warmup-centered i-cyclip-warmup-centered}; do
+        recommended-centered warmup-centered i-cyclip-warmup-centered \
+        i-cyclip-recommended-centered}; do
         pretrain products 256 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 2e-3 \
             --warmup 85
     done

@@ -43,6 +43,7 @@ def numbers(
     """
     texts_of_images = texts[own_texts(is_right)]
     found = gallery_numbers(images, texts, is_right, means)
+    found |= one_index_numbers(images, texts, is_right, means)
     if captions is not None:
         x, y = (neighbours(z, z, torch.arange(len(z))) for z in (images, texts_of_images))
         is_shared = (x[:, :, None] == y[:, None, :]).any(dim=2)
@@ -106,6 +107,60 @@ def gallery_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Mea
                 found[f"mixed_r10{kind}{ending}"] = is_own.any(dim=1).float().mean().item()
                 found[f"mixed_text_share{kind}{ending}"] = is_text.float().mean().item()
     return found
+
+
+def one_index_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Means) -> Numbers:
+    """R@10 of text queries, and of both with scores standardised by modality, in the whole gallery.
+
+    Texts that belong to no image are left out, and images without a text are no queries.
+    """
+    is_shown = is_right.any(dim=0)
+    texts, is_right = texts[is_shown], is_right[:, is_shown]
+    zero = torch.zeros(1)
+    found = {}
+    for ending, pair in {"": (zero, zero), "_without_means": means}.items():
+        if pair is None:
+            continue
+        x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
+        for name, queries, others, right in (
+            ("mixed_r10", x, y, is_right),
+            ("mixed_text_query_r10", y, x, is_right.T),
+        ):
+            hits = one_index_hits(queries, others, right)
+            if len(hits):
+                plain, standardized = hits.float().mean(dim=0).tolist()
+                found[f"{name}{ending}"] = plain
+                found[f"{name}_standardized{ending}"] = standardized
+    return found
+
+
+def one_index_hits(queries: Tensor, others: Tensor, is_right: Tensor) -> Tensor:
+    """Whether each query has a right row of the other modality among the 10 nearest of both.
+
+    queries: (n, D). others: (m, D), of the other modality. is_right: (n, m). A query is not its
+    own answer.
+
+    Returns (q, 2) bool for the q queries with a right row: by cosine, and by scores that are less
+    their mean, and over their deviation, in each modality.
+    """
+    found = []
+    for rows in torch.arange(len(queries)).split(STRIP):
+        scores = [queries[rows] @ gallery.T for gallery in (queries, others)]
+        scores[0][torch.arange(len(rows)), rows] = torch.nan
+        hits = []
+        for pair in (scores, [standardize(x) for x in scores]):
+            joined = torch.cat(pair, dim=1).nan_to_num(nan=-torch.inf)
+            top = joined.topk(min(NEIGHBOURS, joined.shape[1] - 1)).indices - len(queries)
+            is_own = is_right[rows].gather(1, top.clamp(min=0)) & (top >= 0)
+            hits.append(is_own.any(dim=1))
+        found.append(torch.stack(hits, dim=1))
+    return torch.cat(found)[is_right.any(dim=1)]
+
+
+def standardize(scores: Tensor) -> Tensor:
+    """The scores of each query less their mean, over their deviation. NaN is left out."""
+    centred = scores - scores.nanmean(dim=1, keepdim=True)
+    return centred / centred.square().nanmean(dim=1, keepdim=True).sqrt()
 
 
 def label_numbers(

@@ -1,5 +1,7 @@
 """Mixed galleries, compared with loops; neighbours and heads of made-up features."""
 
+from statistics import fmean, pstdev
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,45 @@ def test_mixed_galleries_agree_with_loops(monkeypatch):
         less = (normalize(x - y, dim=-1) for x, y in zip((images, texts), pair, strict=True))
         expected = interchange.gallery_numbers(*less, matches, None)
         assert found["mixed_r10" + ending] == pytest.approx(expected["mixed_r10"])
+
+
+def test_one_index_agrees_with_loops(monkeypatch):
+    """Image and text queries, by cosine and by scores standardised by modality."""
+    monkeypatch.setattr(interchange, "STRIP", 7)
+    monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
+    images = normalize(torch.randn(40, 4), dim=-1)
+    texts = normalize(torch.randn(25, 4) + 1, dim=-1)
+    # Two images of each of 19 texts, two images without a text, six texts without an image.
+    is_right = torch.zeros(40, 25).bool()
+    is_right[torch.arange(38), torch.arange(38) % 19] = True
+    means = tuple(torch.randn(2, 4) / 2)
+    found = interchange.one_index_numbers(images, texts, is_right, means)
+    assert found["mixed_r10"] == pytest.approx(
+        interchange.gallery_numbers(images, texts, is_right, None)["mixed_r10"]
+    )
+    for ending, (of_images, of_texts) in (("", (0, 0)), ("_without_means", means)):
+        x, y = normalize(images - of_images, dim=-1), normalize(texts - of_texts, dim=-1)
+        shown = [j for j in range(25) if is_right[:, j].any()]
+        towers = {"image": (x, range(40)), "text": (y, shown)}
+        for name, own, other in (("mixed", "image", "text"), ("mixed_text_query", "text", "image")):
+            for standardized in (False, True):
+                hits = []
+                for query in towers[own][1]:
+                    right = is_right[query] if own == "image" else is_right[:, query]
+                    if not right.any():
+                        continue
+                    answers = []
+                    for kind, (features, rows) in towers.items():
+                        kept = [row for row in rows if (kind, row) != (own, query)]
+                        scores = [float(towers[own][0][query] @ features[row]) for row in kept]
+                        if standardized:
+                            centre, spread = fmean(scores), pstdev(scores)
+                            scores = [(score - centre) / spread for score in scores]
+                        answers += zip(scores, [kind] * len(kept), kept, strict=True)
+                    best = sorted(answers, reverse=True)[:3]
+                    hits.append(any(kind == other and right[row] for _, kind, row in best))
+                key = f"{name}_r10{'_standardized' * standardized}{ending}"
+                assert found[key] == pytest.approx(fmean(hits)), key
 
 
 def test_shared_neighbours_are_those_by_hand(monkeypatch):

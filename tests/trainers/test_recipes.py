@@ -97,12 +97,35 @@ def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch
     pairs = (concepts + shift, concepts - shift)
     loader, new_pairs = [[x[part] for x in pairs] for part in (slice(512), slice(512, 640))]
     names = {"model": Towers(), "loader": [loader], "new_pairs": new_pairs}
-    found = run("One index for images and texts", **names)
+    found = run("One index for images and texts", 1, **names)
     assert torch.equal(found["nearest"][:, 0], (torch.arange(256) + 128) % 256)
     as_they_are = torch.cat([*Towers()(*new_pairs).values()])
     assert ((as_they_are @ as_they_are.T)[:128].topk(10).indices < 128).all()
     means = torch.load("means.pt")
     assert torch.equal(means["text"], Towers()(*loader)["text_features"].mean(dim=0))
+
+
+def test_two_lists_and_standardised_scores_find_images_and_texts():
+    """The towers are so far apart that as they are, images are the nearest of an image."""
+    concepts, shift = normalize(torch.randn(128, 16), dim=-1), 4 * torch.eye(16)[0]
+    images, texts = normalize(concepts + shift, dim=-1), normalize(concepts - shift, dim=-1)
+    queries = normalize(concepts + shift + torch.randn(128, 16) / 32, dim=-1)
+    names = {"queries": queries, "image_features": images, "text_features": texts, "torch": torch}
+    found = run("One index for images and texts", **names)
+    own = torch.arange(128)[:, None] + torch.tensor([0, 128])
+    for answers in (found["merged"], found["mixed"]):
+        assert answers.shape == (128, 10)
+        shown = (answers[:, :, None] == own[:, None]).any(dim=1)
+        assert shown.float().mean() > 0.95
+    assert (found["merged"] < 128).sum(dim=1).eq(5).all()
+    as_they_are = queries @ torch.cat((images, texts)).T
+    assert (as_they_are.topk(10).indices < 128).all()
+    # The mean and the deviation of all scores, as the page says, without computing all scores.
+    mean, covariance = texts.mean(dim=0), torch.cov(texts.T)
+    scores = queries @ texts.T
+    torch.testing.assert_close(queries @ mean, scores.mean(dim=1))
+    spread = (queries @ covariance * queries).sum(dim=1).sqrt()
+    torch.testing.assert_close(spread, scores.std(dim=1))
 
 
 def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains():
