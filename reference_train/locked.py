@@ -287,7 +287,7 @@ def compare(arguments: Namespace, argv: Sequence[str]) -> None:
     described = {name: records.describe(data) for name, data in datasets.items()}
     training = zlib.crc32(repr((pairs.captions, pairs.images.identity())).encode())
     settings = {**shared, "training_pairs": training, "tests": described}
-    result = records.start(out, settings, argv, torch.device("cpu"))
+    result = records.start(out, settings, argv)
     result["data_sets"] = described
     tokenizer = Tokenizer(pairs.captions)
 
@@ -296,6 +296,7 @@ def compare(arguments: Namespace, argv: Sequence[str]) -> None:
         if name in result["results"]:
             return
         print(f"{out.name}: {name}", flush=True)
+        records.note_environment(result, torch.device("cpu"))
         config = Namespace(
             **shared,
             **{"name": name, "setting": setting, "loss": SETTINGS[setting][0]},

@@ -109,13 +109,13 @@ def gallery_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Mea
     return found
 
 
-def one_index_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Means) -> Numbers:
+def one_index_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Means) -> Numbers:
     """R@10 of text queries, and of both with scores standardised by modality, in the whole gallery.
 
     Texts that belong to no image are left out, and images without a text are no queries.
     """
-    is_shown = is_right.any(dim=0)
-    texts, is_right = texts[is_shown], is_right[:, is_shown]
+    is_shown = is_right.sum(axis=0) > 0
+    texts, is_right = texts[torch.from_numpy(is_shown)], is_right[:, is_shown]
     zero = torch.zeros(1)
     found = {}
     for ending, pair in {"": (zero, zero), "_without_means": means}.items():
@@ -124,7 +124,7 @@ def one_index_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Me
         x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
         for name, queries, others, right in (
             ("mixed_r10", x, y, is_right),
-            ("mixed_text_query_r10", y, x, is_right.T),
+            ("mixed_text_query_r10", y, x, is_right.T.tocsr()),
         ):
             hits = one_index_hits(queries, others, right)
             if len(hits):
@@ -134,7 +134,7 @@ def one_index_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Me
     return found
 
 
-def one_index_hits(queries: Tensor, others: Tensor, is_right: Tensor) -> Tensor:
+def one_index_hits(queries: Tensor, others: Tensor, is_right: Matches) -> Tensor:
     """Whether each query has a right row of the other modality among the 10 nearest of both.
 
     queries: (n, D). others: (m, D), of the other modality. is_right: (n, m). A query is not its
@@ -147,14 +147,15 @@ def one_index_hits(queries: Tensor, others: Tensor, is_right: Tensor) -> Tensor:
     for rows in torch.arange(len(queries)).split(STRIP):
         scores = [queries[rows] @ gallery.T for gallery in (queries, others)]
         scores[0][torch.arange(len(rows)), rows] = torch.nan
+        own = torch.from_numpy(is_right[rows.numpy()].toarray())
         hits = []
         for pair in (scores, [standardize(x) for x in scores]):
             joined = torch.cat(pair, dim=1).nan_to_num(nan=-torch.inf)
             top = joined.topk(min(NEIGHBOURS, joined.shape[1] - 1)).indices - len(queries)
-            is_own = is_right[rows].gather(1, top.clamp(min=0)) & (top >= 0)
+            is_own = own.gather(1, top.clamp(min=0)) & (top >= 0)
             hits.append(is_own.any(dim=1))
         found.append(torch.stack(hits, dim=1))
-    return torch.cat(found)[is_right.any(dim=1)]
+    return torch.cat(found)[torch.from_numpy(is_right.sum(axis=1) > 0)]
 
 
 def standardize(scores: Tensor) -> Tensor:

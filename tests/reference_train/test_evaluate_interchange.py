@@ -48,10 +48,11 @@ def test_one_index_agrees_with_loops(monkeypatch):
     # Two images of each of 19 texts, two images without a text, six texts without an image.
     is_right = torch.zeros(40, 25).bool()
     is_right[torch.arange(38), torch.arange(38) % 19] = True
+    matches = csr_array(is_right.numpy())
     means = tuple(torch.randn(2, 4) / 2)
-    found = interchange.one_index_numbers(images, texts, is_right, means)
+    found = interchange.one_index_numbers(images, texts, matches, means)
     assert found["mixed_r10"] == pytest.approx(
-        interchange.gallery_numbers(images, texts, is_right, None)["mixed_r10"]
+        interchange.gallery_numbers(images, texts, matches, None)["mixed_r10"]
     )
     for ending, (of_images, of_texts) in (("", (0, 0)), ("_without_means", means)):
         x, y = normalize(images - of_images, dim=-1), normalize(texts - of_texts, dim=-1)
