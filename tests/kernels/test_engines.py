@@ -115,7 +115,8 @@ def test_a_variable_that_cannot_be_followed_is_an_error_also_in_compiled_code(
     monkeypatch.setattr("cyclip_loss.engines.IMPL_OF_AUTO", variable)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     torch._dynamo.reset()
-    with pytest.raises(ValueError, match=f"CYCLIP_LOSS_IMPL.*{message}"):
+    # After an error in compiled code, PyTorch leaves gradients switched off.
+    with torch.enable_grad(), pytest.raises(ValueError, match=f"CYCLIP_LOSS_IMPL.*{message}"):
         wrap(CyCLIPLoss())(*Case(20, 4).inputs("cpu"))
 
 
