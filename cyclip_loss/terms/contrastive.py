@@ -46,7 +46,7 @@ from cyclip_loss.logits import (
     SharedExponentials,
     empty_grad_like,
 )
-from cyclip_loss.numerics import is_traced, softplus, tensors_of
+from cyclip_loss.numerics import softplus, tensors_of
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
@@ -165,9 +165,15 @@ def log_sum_exps(
 
 
 def distinct(inputs: list[Any]) -> list[Any]:
-    """The same inputs; while traced, new views, because torch.compile refuses a tensor twice."""
-    traced = any(isinstance(x, Tensor) and is_traced(x) for x in inputs)
-    return [x.view_as(x) if traced and isinstance(x, Tensor) else x for x in inputs]
+    """The same inputs, with a view in place of a tensor's repetition, which torch.compile refuses.
+
+    Also in eager mode: gradients are then summed in the same order.
+    """
+    found: list[Any] = []
+    for x in inputs:
+        is_repeated = isinstance(x, Tensor) and any(x is y for y in found)
+        found.append(x.view_as(x) if is_repeated else x)
+    return found
 
 
 def _num_results(positives: bool) -> int:
