@@ -1,6 +1,7 @@
 """The presets of `pretrain`: each is a set of flags for OpenCLIP.
 
-A new one needs its flags in `preset`, a batch size in `BATCH_SIZES`, and `PENALTIES`.
+A new one needs its flags in `preset`, a batch size in `BATCH_SIZES`, and a name in
+`PENALTY_PRESETS`.
 """
 
 import torch
@@ -8,7 +9,7 @@ import torch
 NO_AUGMENTATION = {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}  # as in PAPER
 BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # all ranks together
 # The launcher's `--penalties` for the losses with penalties, except SigLIP's.
-PENALTIES = {"icons": "recommended", "modern": "recommended", "paper": "paper"}
+PENALTY_PRESETS = {"icons": "recommended", "modern": "recommended", "paper": "paper"}
 # Goel et al. 2022, section 4.1, and appendix. The authors' model is OpenAI's RN50, whose text
 # encoder has QuickGELU. With a scale and an aspect ratio of 1, timm's random crop is the largest
 # centred square, resized. That is the paper's resizing and centre crop. The authors' code numbers

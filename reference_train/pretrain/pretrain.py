@@ -30,7 +30,7 @@ from ..files import locked
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
 from ..runs import PARAMETERS, code_version, read_parameters, register_models
 from . import patches, shards, views
-from .presets import BATCH_SIZES, NO_AUGMENTATION, PENALTIES, preset
+from .presets import BATCH_SIZES, NO_AUGMENTATION, PENALTY_PRESETS, preset
 from .resume import epochs_done
 
 DESCRIPTION = """\
@@ -183,7 +183,7 @@ def loss_flags(options: argparse.Namespace) -> list[str]:
     weight = SIGLIP_PENALTY_WEIGHT if loss.siglip else PENALTY_WEIGHT
     how = ("--reference-batch-size", "128")
     if not loss.siglip:
-        how = ("--penalties", PENALTIES[options.preset])
+        how = ("--penalties", PENALTY_PRESETS[options.preset])
     lambdas = ("--lambda-inmodal", weight * loss.inmodal)
     lambdas += ("--lambda-crossmodal", weight * loss.crossmodal)
     return [*flags, *how, *map(str, lambdas)]
@@ -217,11 +217,8 @@ def check_settings(args: argparse.Namespace, loss: str) -> None:
         what = "the preset's augmentation changes no picture, so both views would be equal"
         raise UsageError(f"--views own: {what}; take --views, or another --aug-cfg after --")
     for penalty in ("inmodal", "crossmodal"):  # a run is called after its loss
-        if (
-            loss in LOSSES
-            and not getattr(LOSSES[loss], penalty)
-            and vars(args)[f"lambda_{penalty}"]
-        ):
+        has_it = loss not in LOSSES or getattr(LOSSES[loss], penalty)
+        if vars(args)[f"lambda_{penalty}"] and not has_it:
             raise UsageError(f"--loss {loss} has no {penalty} penalty: choose another --loss")
     for flag in ("same_captions", "distill_model", "siglip"):
         if args.views and getattr(args, flag, None):

@@ -177,7 +177,8 @@ def test_without_our_flags_every_step_has_the_loss_of_open_clip(
     steps = {}
     for name, train in (("theirs", without_launcher), ("ours", open_clip_train.main)):
         small_run = f"""
-            {tiny_model(tmp_path)} --dataset-type csv --train-data {tmp_path}/pairs.csv --epochs 6 --workers 0
+            {tiny_model(tmp_path)} --dataset-type csv --train-data {tmp_path}/pairs.csv
+            --epochs 6 --workers 0
             --batch-size {32 // world_size} --lr 1e-2 --warmup 1 --log-every-n-steps 1
             --precision fp32 --logs {tmp_path} --name {name}
         """
