@@ -180,13 +180,14 @@ def loss_flags(options: argparse.Namespace) -> list[str]:
     flags = ["--siglip"] if loss.siglip else []
     if not (loss.inmodal or loss.crossmodal):
         return flags
-    weight = SIGLIP_PENALTY_WEIGHT if loss.siglip else PENALTY_WEIGHT
-    how = ("--reference-batch-size", "128")
-    if not loss.siglip:
-        how = ("--penalties", PENALTY_PRESETS[options.preset])
-    lambdas = ("--lambda-inmodal", weight * loss.inmodal)
-    lambdas += ("--lambda-crossmodal", weight * loss.crossmodal)
-    return [*flags, *how, *map(str, lambdas)]
+    if loss.siglip:
+        weight = SIGLIP_PENALTY_WEIGHT
+        flags += ["--reference-batch-size", "128"]
+    else:
+        weight = PENALTY_WEIGHT
+        flags += ["--penalties", PENALTY_PRESETS[options.preset]]
+    flags += ["--lambda-inmodal", str(weight * loss.inmodal)]
+    return [*flags, "--lambda-crossmodal", str(weight * loss.crossmodal)]
 
 
 def all_settings(flags: Sequence[str], *, rank: int, world_size: int) -> argparse.Namespace:

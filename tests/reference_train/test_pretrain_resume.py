@@ -55,8 +55,8 @@ def test_a_resumed_run_compares_the_values_of_penalties_and_not_their_preset(res
     resume_run(reference_batch_size=32, centered=True, lambda_progress=True)
     values = {"lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **PRESETS["strong"]}
     resume_run(ours="--loss cyclip --penalties strong", penalties="custom", **values)
+    flags = "--loss cyclip --penalties strong --reference-batch-size 64"
     with pytest.raises(UsageError, match="begun with reference_batch_size = 128, not 64: choose"):
-        flags = "--loss cyclip --penalties strong --reference-batch-size 64"
         resume_run(ours=flags, **values)
 
 
