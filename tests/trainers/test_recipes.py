@@ -23,10 +23,11 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from cyclip_loss import CyCLIPLoss, caption_ids
+from cyclip_loss.options import PRESETS
 
 DUPLICATES = "Duplicates in a batch"
 INDICES = torch.arange(32)
-ADVISED = {"reference_batch_size": 32, "lambda_progress": True, "centered": True}
+ADVISED = PRESETS["recommended"]
 
 
 def prepared():
