@@ -105,8 +105,12 @@ def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
 
 
 def siglip_dist_impl(name: str, value: Any) -> str:
-    """The strategy for a name of ours or of `open_clip.SigLipLoss`; None is its default."""
-    known = "bidir" if value is None else value
+    """The strategy for a name of ours or of `open_clip.SigLipLoss`; None is "gather".
+
+    OpenCLIP's default is "bidir", a ring. All losses of this package gather by default, because one
+    message takes less time than W, and the result is the same.
+    """
+    known = "gather" if value is None else value
     one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, known)
     return SIGLIP_DIST_IMPLS.get(known, known)
 
@@ -182,6 +186,8 @@ class ContrastiveOptions(Options):
 class PenaltyOptions(Options):
     """The options of the penalties."""
 
+    # Whether `output_dict` has the penalties while both lambdas are 0. Not in OpenCLIP's classes.
+    returns_zero_terms = True
     lambda_inmodal: float = option(0.25, weight)
     lambda_crossmodal: float = option(0.25, weight)
     _: KW_ONLY
