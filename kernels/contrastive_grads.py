@@ -29,7 +29,6 @@ from cyclip_loss.kernels.tiles import (
     same_ids,
     sum_of_products,
     tile_product,
-    to_dtype_of,
 )
 from cyclip_loss.logits import Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import add_product, float16_shift, matmul, on_device_of
@@ -117,7 +116,7 @@ def contrastive_grads_kernel(
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
             g *= factor
-        tl.store(tile_start + within, to_dtype_of(gradient, g))
+        tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     tl.store(scale_partials + tl.program_id(0), tile_sum * (tl.load(unit) / (1 << SHIFT)))
 
 

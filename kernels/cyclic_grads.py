@@ -17,7 +17,6 @@ from cyclip_loss.kernels.tiles import (
     ceil_div,
     grouped_tile,
     round_to_tf32,
-    to_dtype_of,
     u_and_v,
 )
 from cyclip_loss.numerics import on_device_of
@@ -100,8 +99,8 @@ def cyclic_grads_kernel(
 
     offset = rows.to(tl.int64)[:, None] * d + columns[None, :]
     valid = (rows < n)[:, None]
-    tl.store(image_grad + offset, to_dtype_of(image_grad, u_grad + v_grad), mask=valid)
-    tl.store(text_grad + offset, to_dtype_of(text_grad, u_grad - v_grad), mask=valid)
+    tl.store(image_grad + offset, (u_grad + v_grad).to(image_grad.dtype.element_ty), mask=valid)
+    tl.store(text_grad + offset, (u_grad - v_grad).to(text_grad.dtype.element_ty), mask=valid)
 
 
 def cyclic_grads(

@@ -23,7 +23,6 @@ from cyclip_loss.kernels.tiles import (
     sum_of,
     sum_of_products,
     tile_product,
-    to_dtype_of,
 )
 from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
@@ -101,7 +100,7 @@ def elementwise_terms_kernel(
         if gradient is not None:
             tile_start = gradient + first_row.to(tl.int64) * gradient_stride
             within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
-            tl.store(tile_start + within, to_dtype_of(gradient, g * (1 << SHIFT)))
+            tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     tile = partials + tl.program_id(0)
     # An infinite feature may give a logit without loss. It makes the other sum NaN.
     tl.store(tile, loss_sum + 0.0 * scale_sum)

@@ -77,15 +77,6 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def to_dtype_of(pointer, x):
-    """float32 x in the dtype of a pointer's numbers, rounded to nearest."""
-    if WIDENS and pointer.dtype.element_ty == tl.bfloat16:
-        # The interpreter truncates. As in `round_to_tf32`, with 8 bits instead of 11.
-        x = tl.fma(x, 65536.0, x * -65535.0)
-    return x.to(pointer.dtype.element_ty)
-
-
-@triton.jit
 def rounded_kernel(numbers, rounded, count, BLOCK: tl.constexpr):
     """Round float32 numbers to tf32; `rounded` may be `numbers`. count: a multiple of 16."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -28,12 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from cyclip_loss.engines import eager, error_bounds
 from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
-from cyclip_loss.numerics import (
-    divisor_of,
-    float32_is_exact,
-    is_capturing,
-    tensors_of,
-)
+from cyclip_loss.numerics import divisor_of, float32_is_exact, is_capturing, tensors_of
 from cyclip_loss.usage_warnings import warn_once
 
 # Scalars of the small batch, by argument.
