@@ -40,7 +40,7 @@ def _of_sums(count: int) -> float:
     return (count + 16) * 2.0**-24
 
 
-def _of_logits(logits: Logits, bias: float | Tensor = 0.0) -> Tensor:
+def _of_logits(logits: Logits, bias: Any = 0.0) -> Tensor:
     """Of a logit and of a log-sum-exp; relative, of an exponential and of sums of exponentials.
 
     A logit is s times a sum of D products. A log-sum-exp moves by at most as much as the logits,
