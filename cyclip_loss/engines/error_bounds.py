@@ -47,7 +47,7 @@ def _of_logits(logits: Logits, bias: Any = 0.0) -> Tensor:
     and an exponential by this factor.
     """
     rows, columns, scale = logits[:3]
-    size = scale * (rows.abs() @ columns.abs().T).max() + abs(bias)
+    size: Tensor = scale * (rows.abs() @ columns.abs().T).max() + abs(bias)
     return size * _of_sums(rows.shape[1]) + _of_sums(len(rows) + len(columns))
 
 
