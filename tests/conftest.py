@@ -157,6 +157,8 @@ def uninterpreted():
 @pytest.fixture
 def unverified_kernels(monkeypatch):
     """`auto` uses the kernels on the CPU as on a GPU. No layout is verified yet."""
+    from triton.runtime import interpreter
+
     from cyclip_loss import engines, kernels  # the kernels need Triton
 
     if not kernels.INTERPRETED:
@@ -164,3 +166,11 @@ def unverified_kernels(monkeypatch):
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
     set_small_blocks(monkeypatch)
     monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
+
+    def convert(x, source, target, mode, original=interpreter._convert_float):
+        if target == interpreter.tl.bfloat16:
+            return torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+        return original(x, source, target, mode)
+
+    # A GPU rounds to the nearest bfloat16. The interpreter truncates.
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

@@ -1,9 +1,11 @@
 """`impl="auto"` compares each layout of a call with PyTorch, and does not use wrong kernels."""
 
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from cyclip_loss import CyCLIPWarning, engines, kernels
 from cyclip_loss.engines import eager, verification
 from cyclip_loss.engines.verification import VerifiedKernels
-from cyclip_loss.logits import NO_PAIRS, Logits
+from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
 LSE, GRADS = "contrastive_lse", "contrastive_grads"
@@ -35,7 +37,7 @@ def step(impl="auto", **options):
     return evaluate(case, case.arguments("cpu"), impl)
 
 
-def scaled(index, original, *arguments, factor=1.1):
+def scaled(index, original, *arguments, factor=1.01):
     results = original(*arguments)
     tree_leaves(results)[index].mul_(factor)
     return results
@@ -102,7 +104,7 @@ def recorded_comparisons(monkeypatch, seconds=0.0):
 def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, monkeypatch):
     """In every result of every function. The step itself uses kernels that agree.
 
-    Rounding explains a small fault in bfloat16, and not in float32.
+    Rounding explains a fault of 0.1% in bfloat16, and not in float32.
     """
     dtype = options.get("dtype", BFLOAT16)
     with monkeypatch.context() as patch:
@@ -121,7 +123,7 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
         assert verification.layout_of(small) == verification.layout_of(list(arguments))
         original = getattr(kernels, function)
         results = enumerate(tree_leaves(original(*arguments)))
-        scale = partial(scaled, factor=1.1 if dtype == BFLOAT16 else 1.001)
+        scale = partial(scaled, factor=1.01 if dtype == BFLOAT16 else 1.001)
         faults = [partial(scale, index) for index, x in results if x is not None and x.any()]
         faults += [] if options else [without_nan, *(partial(without_nan_in, i) for i in (0, 1))]
         if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
@@ -132,6 +134,126 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
             with pytest.raises(AssertionError, match="not close"):
                 engine.compare(function, arguments)
         monkeypatch.setattr(kernels, function, original)
+
+
+def as_on_a_gpu(dtype, **functions):
+    """A check of these functions with the batch that a GPU gets. PyTorch computes the others."""
+    engine = VerifiedKernels(SimpleNamespace(**functions), torch.device("cuda"), dtype)
+    engine.device = torch.device("cpu")
+    return engine
+
+
+def with_row_lse(change, original, logits):
+    lse = original(logits)
+    lse.of_rows.copy_(change(original, logits, lse.of_rows))
+    return lse
+
+
+def without_tile(index, original, *arguments):
+    """Of a result, a tile beside the diagonal is 0."""
+    results = original(*arguments)
+    tree_leaves(results)[index][..., 64:128, 128:192] = 0.0
+    return results
+
+
+def without_tile_of_g(original, logits, saved, needs, float32_grads):
+    """The gradients of 128 rows lack what 128 columns add to them."""
+    grads = original(logits, saved, needs, float32_grads)
+    parts = saved.row_lse[:128], saved.column_lse[:128], saved.pair_gradient[:128], saved.unit
+    tile = original(logits.block(0, 128, 0, 128), SavedStatistics(*parts), needs, float32_grads)
+    grads.rows[:128] -= tile.rows
+    return grads
+
+
+def without_rows(original, image, text, with_cross):
+    return original(image[16:], text[16:], with_cross)
+
+
+LSE_FAULTS = {
+    "off by 0.05": lambda original, logits, lse: lse + 0.05,
+    "20 columns left out": lambda original, logits, lse: (
+        original(logits.block(0, len(lse), 20)).of_rows
+    ),
+    "a tile twice": lambda original, logits, lse: torch.logaddexp(
+        lse, original(logits.block(0, len(lse), 0, 128)).of_rows
+    ),
+}
+# By the function: what a kernel may do wrong, and PyTorch does not.
+FAULTS = {
+    LSE: [partial(with_row_lse, change) for change in LSE_FAULTS.values()],
+    GRADS: [without_tile_of_g, *(partial(scaled, i) for i in range(3))],
+    SIGMOID: [partial(scaled, i) for i in range(4)],
+    GRAMS: [without_rows, partial(scaled, 0)],
+    CYCLIC_GRADS: [partial(scaled, 0), partial(scaled, 1)],
+}
+# The index of a result that has tiles.
+TILED = {GRADS: 1, SIGMOID: 2, GRAMS: 0, CYCLIC_GRADS: 1}
+PRECISIONS = [
+    (torch.float32, "highest"),
+    (torch.float32, "high"),
+    (BFLOAT16, "highest"),
+    (torch.float16, "highest"),
+]
+
+
+def calls(dtype, d):
+    """The arguments of a call of each function, of which only the layout counts."""
+    features, one, vector = torch.ones(2, d, dtype=dtype), torch.ones(()), torch.ones(2)
+    logits = Logits(features, features, one, None, None, 0, True, False)
+    saved = SavedStatistics(vector, vector, vector, one)
+    grams = [torch.ones(d, d)] * 3
+    return {
+        LSE: (logits,),
+        GRADS: (logits, saved, [True] * 3, False),
+        SIGMOID: (logits, -one, "sigmoid", 1.0, [True] * 3),
+        GRAMS: (features, features, True),
+        CYCLIC_GRADS: (features, features, grams),
+    }
+
+
+@pytest.mark.parametrize("function", FAULTS)
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS[1:], ids=str)
+def test_the_batch_of_a_gpu_shows_what_rounding_does_not_explain(dtype, precision, function):
+    """Where D is 512 or 768. Without a fault PyTorch agrees with itself in float64."""
+    original, arguments = getattr(eager, function), calls(dtype, 512)[function]
+    faults = list(FAULTS[function])
+    if function in TILED:
+        faults.append(partial(without_tile, TILED[function]))
+    with setting("float32_matmul_precision", precision):
+        as_on_a_gpu(dtype, **{function: original}).compare(function, arguments)
+        for fault in faults:
+            engine = as_on_a_gpu(dtype, **{function: partial(fault, original)})
+            with pytest.raises(AssertionError, match="not close"):
+                engine.compare(function, arguments)
+
+
+def rounded_as_by_a_gpu(original, a, b, dtype):
+    """The product of matrices where tensor cores truncate float32, and bfloat16 has partial sums.
+
+    PyTorch may round the sums of parts of the products to bfloat16.
+    """
+    if a.dtype == torch.float32:
+        a, b = ((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
+    if a.dtype != BFLOAT16:
+        return original(a, b, dtype)
+    parts = zip(a.split(16, dim=1), b.split(16), strict=True)
+    return sum(original(*part, dtype).to(BFLOAT16).to(dtype) for part in parts)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=str)
+def test_rounding_is_no_fault(dtype, precision, monkeypatch):
+    """Also with D = 4,096 and a logit scale of 100, which no comparison has."""
+    monkeypatch.setitem(verification.SCALARS, "logit_scale", 100.0)
+    if precision == "high" or dtype == BFLOAT16:
+        module = sys.modules["cyclip_loss.kernels.contrastive_grads"]
+        rounded = partial(rounded_as_by_a_gpu, module.matmul)
+        monkeypatch.setattr(module, "matmul", rounded)
+    engine = verified(dtype)
+    with setting("float32_matmul_precision", precision):
+        for function, arguments in calls(dtype, 64).items():
+            # Interpreted, many tiles of D x D are slow.
+            engine.min_d = 128 if function in (GRAMS, CYCLIC_GRADS) else 4096 - 64
+            engine.compare(function, arguments)
 
 
 @pytest.mark.parametrize("offset", [-2, 2, NO_PAIRS])
