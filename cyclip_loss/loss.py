@@ -190,7 +190,7 @@ class CyCLIPLoss(ContrastiveModule):
         lse = contrastive.log_sum_exps(batch, plan, started)
         losses = contrastive.losses(batch, lse)
         terms = contrastive.weighted(losses, self.inmodal_contrastive_weight)
-        penalties = cyclic.terms(grams, plan, self)
+        penalties = cyclic.terms(batch, grams, plan, self)
         if self.lambda_progress:
             progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
@@ -275,7 +275,7 @@ class CyclicPenalty(Module):
         """
         batch = prepare_pairs(self, image_features, text_features, output_dict)
         plan = make_plan(batch, self, output_dict)
-        terms = cyclic.terms(cyclic.start(batch, plan), plan, self)
+        terms = cyclic.terms(batch, cyclic.start(batch, plan), plan, self)
         warn_of_mistakes(self, batch)
         return terms if output_dict else terms["cyclic_loss"]
 

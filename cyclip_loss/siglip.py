@@ -117,7 +117,7 @@ class CySigLIPLoss(ContrastiveModule):
         started = contrastive.start(batch, plan)
         grams = cyclic.start(batch, plan)
         terms = {"contrastive_loss": elementwise_loss(self.elementwise, batch, plan, started)}
-        terms |= cyclic.terms(grams, plan, self)
+        terms |= cyclic.terms(batch, grams, plan, self)
         warn_of_mistakes(self, batch)
         return terms if output_dict else sum_of_terms(terms.values())
 
