@@ -40,6 +40,7 @@ Function = Callable[..., Any]
 REPLACED = (
     "parse_args",
     "create_model_and_transforms",
+    "get_tokenizer",
     "create_loss",
     "create_task",
     "cosine_lr",
@@ -245,6 +246,7 @@ class _Swap:
         self.args: Any = None  # OpenCLIP's, which adds the number of ranks
         self.loss: Any = None
         self.texts: Any = None  # the captions that the model saw last
+        self.pad_id = 0  # with which they are padded
         self.called = False
 
     def parse_args(self, parse: Function, *args: Any) -> Any:
@@ -282,6 +284,15 @@ class _Swap:
         if self.options.same_captions:
             made[0].register_forward_pre_hook(keep, with_kwargs=True)
         return made
+
+    def get_tokenizer(self, make: Function, *args: Any, **kwargs: Any) -> Any:
+        """OpenCLIP's tokenizer. OpenCLIP 4 pads texts of variable length with its `pad_token_id`.
+
+        Without one, texts have a fixed length.
+        """
+        tokenizer = make(*args, **kwargs)
+        self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        return tokenizer
 
     def create_task(self, make: Function, *args: Any, **kwargs: Any) -> Any:
         """OpenCLIP 4.x's task with its loss replaced. (Other versions create the loss directly.)"""
@@ -329,7 +340,7 @@ class _Swap:
 
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """The loss's arguments, plus the ids of the batch that the model saw last."""
-        return args, {**kwargs, "ids": caption_ids(self.texts)}
+        return args, {**kwargs, "ids": caption_ids(self.texts, self.pad_id)}
 
     def schedule(self, make: Function, *args: Any) -> Callable[[int], Any]:
         """OpenCLIP's schedule (optimizer, rate, warm-up, steps, ...), which also sets the lambdas.

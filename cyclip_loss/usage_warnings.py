@@ -45,7 +45,7 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     libraries = ("cyclip_loss", "torch")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
         level, frame = level + 1, frame.f_back
-    text = f"{text} (more: docs/troubleshooting.md)"
+    text = f"{text} (more: docs/questions.md)"
     warnings.warn(text, CyCLIPWarning, stacklevel=level)
 
 

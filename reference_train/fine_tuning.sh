@@ -1,9 +1,9 @@
 #!/bin/sh
 # What do the penalties do in fine-tuning? Trains the demonstration's model on emoji with CLIP's
 # loss, and fine-tunes it on emoji of another style with four losses, three seeds each. Then it
-# fine-tunes the first model of icons.sh on emoji in the same way, and makes the records of
-# results/fine_tuning. Takes an hour on one quiet CPU core. The same command again resumes where it
-# stopped.
+# fine-tunes the first model of icons.sh on emoji in the same way, and writes runs.csv and
+# icons.csv into $OUT, the records of results/fine_tuning. Takes an hour on one quiet CPU core. The
+# same command again resumes where it stopped.
 # Run from the repository: sh reference_train/fine_tuning.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
@@ -67,8 +67,7 @@ record() { # FILE RUNS DATASETS [FLAGS]: evaluates, and writes a row for each ru
     file=$1
     shift
     python -m reference_train evaluate --workers 0 --out "$out/$file" "$@"
-    python -m reference_train report "$out/$file" \
-        --csv "reference_train/results/fine_tuning/$file.csv"
+    python -m reference_train report "$out/$file" --csv "$out/$file.csv"
 }
 record runs "$out"/short/clip-? "$out"/logs/tuned-* \
     --only "trained concepts, new styles" "new concepts, trained styles"

@@ -71,9 +71,13 @@ for run in siglip-0 cysiglip-0 siglip-1 cysiglip-1 siglip-2 cysiglip-2; do
     pretrain $run --loss "${run%-*}" $constant --seed "${run##*-}" -- --epochs 8
 done
 
-python -m reference_train evaluate "$out"/logs/clip-? "$out"/logs/*cyclip-? --data "$out/icons" \
-    --only icons emoji --out "$out/evaluation"
-python -m reference_train evaluate "$out"/logs/lambda-* --data "$out/icons" --only icons emoji \
-    --out "$out/evaluation-lambda"
-python -m reference_train evaluate "$out"/logs/*siglip-? --data "$out/icons" --only icons emoji \
-    --out "$out/evaluation-siglip"
+# Not best.pt, which was chosen on the icons that are evaluated.
+last=checkpoints/epoch_latest.pt
+evaluate() { # OUT CHECKPOINTS
+    table=$1
+    shift
+    python -m reference_train evaluate "$@" --data "$out/icons" --only icons emoji --out "$table"
+}
+evaluate "$out/evaluation" "$out"/logs/clip-?/$last "$out"/logs/*cyclip-?/$last
+evaluate "$out/evaluation-lambda" "$out"/logs/lambda-*/$last
+evaluate "$out/evaluation-siglip" "$out"/logs/*siglip-?/$last

@@ -4,6 +4,7 @@
 #   warmup           R = 128, as strong as in the paper, after a warm-up of 512 steps
 #   constant         R = 128, at full strength from the first step
 #   c-cyclip-warmup, i-cyclip-warmup    as warmup, with the cross-modal or the in-modal penalty alone
+#   i-cyclip-recommended                as recommended, with the in-modal penalty alone
 # NAME-centered: with penalties on centred features. recommended-centered are the recommended
 # settings of today, the launcher's defaults. NAME-ids: without pairs of the same caption as
 # negatives.
@@ -14,6 +15,7 @@ loss_flags() { # SETTING
     recommended*) echo "--loss cyclip" ;;
     warmup*) echo "--loss cyclip $paper --lambda-warmup 512" ;;
     constant*) echo "--loss cyclip $paper" ;;
+    i-cyclip-recommended*) echo "--loss i-cyclip" ;;
     [ci]-cyclip-warmup*) echo "--loss ${1%%-warmup*} $paper --lambda-warmup 512" ;;
     esac
     case $1 in

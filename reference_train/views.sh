@@ -44,5 +44,5 @@ for seed in 0 1 2; do
     pretrain 8-epochs-c-cyclip 8 c-cyclip $seed
     pretrain 8-epochs-rising-c-cyclip 8 c-cyclip $seed --lambda-warmup 512
 done
-python -m reference_train evaluate "$out"/logs/* --data "$icons" --only icons emoji \
-    --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/*/checkpoints/epoch_latest.pt \
+    --data "$icons" --only icons emoji --out "$out/evaluation"

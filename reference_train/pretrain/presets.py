@@ -37,6 +37,7 @@ def preset(name: str) -> list[str]:
     flags = {"icons": icons, "modern": MODERN, "paper": PAPER}[name].split()
     if not cuda:
         # On a processor without instructions for it, bfloat16 is far slower than float32.
-        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        # Older versions of PyTorch do not say.
+        has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("avx512_bf16")
         flags += ["--precision", "amp_bf16" if name == "icons" and has_bfloat16 else "fp32"]
     return flags

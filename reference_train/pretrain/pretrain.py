@@ -28,7 +28,7 @@ from ..command_line import Parser, RunFailed, UsageError, at_least, first_line, 
 from ..data.samples import fingerprint
 from ..files import locked
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT, Loss
-from ..runs import PARAMETERS, code_version, read_parameters, register_models
+from ..runs import PARAMETERS, add_to_list, code_version, read_parameters, register_models
 from . import patches, shards, views
 from .presets import BATCH_SIZES, NO_AUGMENTATION, preset
 from .resume import epochs_done
@@ -66,9 +66,8 @@ def main(argv: Sequence[str]) -> None:
     with contextlib.nullcontext() if options.dry_run or rank else locked(folder):
         done = epochs_done(folder, args)
         # A run that is resumed with other code has all of its commits.
-        earlier = read_parameters(folder / PARAMETERS).get("commit") if done else None
-        commits = [*str(earlier).split(", ")] if done else []
-        added_settings["commit"] = ", ".join(dict.fromkeys([*commits, str(code_version())]))
+        earlier = str(read_parameters(folder / PARAMETERS).get("commit")) if done else ""
+        added_settings["commit"] = add_to_list(earlier, str(code_version()))
         if options.dry_run:
             return
         if done < args.epochs:

@@ -46,6 +46,14 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
 
+def test_icons_train_in_bfloat16_where_the_cpu_computes_it(dry_run, monkeypatch):
+    for found in {"avx512_bf16": True}, {"avx512_bf16": False}, {}:
+        monkeypatch.setattr(command.torch.cpu, "get_capabilities", found.copy, raising=False)
+        for preset in BATCH_SIZES:
+            chosen = "amp_bf16" if found.get("avx512_bf16") and preset == "icons" else "fp32"
+            assert dry_run(f"--preset {preset}").precision == chosen
+
+
 def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run):
     for flags, how in ("--views", "autoaugment"), ("--views own", "own"):
         args = dry_run(flags)
@@ -98,7 +106,6 @@ def test_ranks_share_the_batch_and_the_shards(variable, dry_run, monkeypatch):
     ],
 )
 def test_pretrain_refuses_before_any_work(change, message, dry_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=message) as error:
@@ -127,6 +134,10 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
         args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
     assert args.train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
     assert reader.loads.call_count == 3  # each sizes.json once, and one *_stats.json
+    for broken in ('{"train-00000.tar": null}', "[8", "8"):
+        (data / "sizes.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"sizes\.json: no JSON file of numbers: "):
+            dry_run()
     (data / "sizes.json").unlink()
     (data / "__len__").write_text("32")
     assert dry_run().train_num_samples is None

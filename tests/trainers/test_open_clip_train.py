@@ -7,7 +7,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from types import ModuleType
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -122,6 +122,7 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
         --model tiny --model-config {tmp_path}/tiny.json --dataset-type webdataset
         --train-data {EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz --train-num-samples 128 --batch-size 32
         --epochs 1 --workers 0 --log-every-n-steps 1 --warmup 1 --logs {tmp_path} --name run
+        --device cpu
     """
     own_ranks.run(2, train_on_rank, [*from_page, *small_run.split(), *flags])
     lines = (tmp_path / "run" / "out.log").read_text().splitlines()
@@ -172,11 +173,12 @@ class Trainer(ModuleType):
         super().__init__("open_clip_train.main")
         flags = {"accum_freq": 1, "skip_scheduler": False, "calls": True}
         flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
-        flags |= {"device": "cpu"} | settings
+        flags |= {"device": "cpu", "pad_id": None} | settings
         parser = ArgumentParser()  # as OpenCLIP's, it takes abbreviations
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
+        self.get_tokenizer = lambda *args, **kwargs: Namespace(pad_token_id=flags["pad_id"])
         self.version, self.device = version, torch.device("cpu")
         self.rates, self.lambdas, self.terms = [], [], []
         for name in SCHEDULES:
@@ -195,6 +197,7 @@ class Trainer(ModuleType):
         self.argv, args = argv, self.parse_args(argv)
         model, *_ = self.create_model_and_transforms("tiny", device=self.device, output_dict=True)
         loss = self.loss = self.make_loss()
+        self.get_tokenizer("tiny")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         set_rate = getattr(self, args.schedule)(optimizer, *SCHEDULES[args.schedule])
         for step in range(5 * args.epoch, 10):
@@ -413,6 +416,16 @@ def test_the_loss_gets_ids_of_the_captions(theirs, ours, flags, version, same, m
     loss_fn = ours(**OF_32, same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("pad_id", "number"), [(1, 1), (None, 0)])
+def test_captions_are_padded_with_the_id_of_the_tokenizer(pad_id, number, monkeypatch):
+    """OpenCLIP 4 pads each rank's texts to its longest, and texts of fixed length without an id."""
+    trainer = Trainer(ClipLoss(), "4", pad_id=pad_id)
+    spy = Mock(wraps=caption_ids)
+    monkeypatch.setattr(open_clip_train, "caption_ids", spy)
+    launch(trainer, monkeypatch, CAPTIONS, "ignored")
+    assert {call.args[1] for call in spy.call_args_list} == {number}
 
 
 def test_the_command_fails_if_the_trainer_fails(monkeypatch):
