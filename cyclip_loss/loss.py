@@ -47,7 +47,7 @@ class CyCLIPLoss(ContrastiveModule):
         centered: compute the penalties on features less their mean over the global batch, one mean
             for each tower. Rows are not normalised again. Adding a vector to all images, or to all
             texts, then changes no penalty, and the penalties move the two means apart less. Costs
-            O(N D) memory, in float32 (docs/lambda.md).
+            one sum over each tower's rows, and O(D) memory (docs/lambda.md).
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.

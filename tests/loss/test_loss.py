@@ -130,8 +130,11 @@ def test_the_bounds_for_ordinary_features_are_small(function, dtype, most):
         assert bounds[name].max() <= most * exact.abs().max(), name
 
 
-@pytest.mark.parametrize("spread", [0.03, 0.003])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
+# float32 has more digits than tf32 to lose.
+CONES = [(BF16, 0.03), (BF16, 0.003), (FP16, 0.03), (FP16, 0.003), (torch.float32, 1e-4)]
+
+
+@pytest.mark.parametrize(("dtype", "spread"), CONES)
 def test_centered_penalties_lose_no_digits_where_features_are_almost_equal(
     dtype, spread, impl, device
 ):
@@ -144,7 +147,8 @@ def test_centered_penalties_lose_no_digits_where_features_are_almost_equal(
     centers, noise = torch.stack(pairs(200, 64, device=device))
     towers = zip(FEATURES, centers, (noise, noise.flip(0)), strict=False)
     given = {name: (center + spread * x).to(dtype) for name, center, x in towers}
-    check(case, given, *evaluate(case, given, impl), impl)
+    with setting("float32_matmul_precision", "high"):
+        check(case, given, *evaluate(case, given, impl), impl, tf32=True)
 
 
 def test_penalties_without_weights_have_a_zero_gradient(impl, device):
