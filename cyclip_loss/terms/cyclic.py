@@ -65,9 +65,7 @@ def _with_count(sums: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((sums.reshape(-1), sums.new_full((1,), features[0].shape[0])))
 
 
-def terms(
-    batch: Batch, started: Started, plan: Plan, options: PenaltyOptions
-) -> dict[str, Tensor]:
+def terms(batch: Batch, started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Tensor]:
     """The weighted penalties by name if `plan.output_dict`, else {"cyclic_loss": their sum}.
 
     The scalars have the accumulation dtype. Empty if the plan needs none.
