@@ -86,8 +86,8 @@ class Plan(NamedTuple):
     # "eager", "triton", or "verified triton". While traced, one of `options.IMPLS`: the operators
     # choose when they run.
     engine: str
-    # Of at most so many logits, forward keeps the exponentials for backward. -1: the two share no
-    # exponentials. Only the eager engine on a CPU shares them, and not in a ring.
+    # Of at most so many logits of a call, forward keeps the exponentials for backward. -1: the two
+    # share no exponentials. Only the eager engine on a CPU shares them, and not in a ring.
     kept_exponentials: int
     strategy: str  # how columns reach the rows of other ranks, a name in `ranks.exchange`
     output_dict: bool  # whether the terms are returned one by one

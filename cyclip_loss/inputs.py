@@ -241,6 +241,10 @@ def check_features(
             )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
+    # A collective's result that nobody has waited for is of a type of its own, but is not traced.
+    first, second = (
+        x.clone() if type(x).__name__ == "AsyncCollectiveTensor" else x for x in (first, second)
+    )
     if autocast and autocast_is_on(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))

@@ -66,8 +66,10 @@ class CyCLIPLoss(ContrastiveModule):
             row counts in every call, and the host waits.
         lambda_progress: multiply both penalties by the progress of CLIP's loss,
             clamp(1 - CLIP's loss / ln N, 0, 1), without gradient. So they have no weight at the
-            start of a training, where they would make all features alike. With k positives of each
-            row, CLIP's loss is at least ln k, and the progress at most 1 - ln k / ln N.
+            start of a training, where they would make all features alike. With M extra negatives,
+            ln (N + M) takes the place of ln N, a mean over both directions. Ids do not change it,
+            although ignored rows lower CLIP's loss. With k positives of each row, CLIP's loss is at
+            least ln k, and the progress at most 1 - ln k / ln N.
         inmodal_contrastive_weight: weight of the in-modal contrastive term, in calls with augmented
             views. None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
@@ -209,19 +211,22 @@ class ClipLoss(CyCLIPLoss):
 
     The same constructor, also by position, the same call, value and gradients, in O(N D) memory.
     Across ranks the gradients are those with `local_loss=True, gather_with_grad=True`, whatever the
-    flags, and the value is that of the global batch (docs/distributed.md). The methods `get_logits`
-    and `get_ground_truth` are not there, as nothing has N x N logits.
+    flags, and the value is that of the global batch (docs/distributed.md). `output_dict=True` gives
+    `contrastive_loss` alone. The methods `get_logits` and `get_ground_truth` are not there, as
+    nothing has N x N logits.
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: OpenCLIP's, as in
             `CyCLIPLoss`.
-        options: keywords of `CyCLIPLoss`: `same_ids`, `uneven`, `dist_impl`, `impl` and others.
+        keywords: options of `CyCLIPLoss`: `same_ids`, `uneven`, `dist_impl`, `impl` and others.
 
     >>> import torch
     >>> loss_fn = ClipLoss(local_loss=True, gather_with_grad=True)
     >>> print(loss_fn(torch.eye(3), torch.eye(3), logit_scale=10.0))
     tensor(9.0796e-05)
     """
+
+    returns_zero_terms = False
 
     def __init__(
         self,
@@ -231,7 +236,7 @@ class ClipLoss(CyCLIPLoss):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
-        **options: Any,
+        **keywords: Any,
     ) -> None:
         super().__init__(
             0,
@@ -242,7 +247,7 @@ class ClipLoss(CyCLIPLoss):
             rank=rank,
             world_size=world_size,
             use_horovod=use_horovod,
-            **options,
+            **keywords,
         )
 
 
@@ -380,7 +385,7 @@ def _check_wrapped(loss: Any, features: Any) -> None:
         raise UnsuitableLoss(f"loss must be a module, got {loss!r}")
     if hasattr(loss, "_orig_mod"):
         raise UnsuitableLoss("loss is compiled: wrap the original module, and compile the wrapper")
-    if isinstance(loss, PenaltyOptions):
+    if isinstance(loss, PenaltyOptions) and (loss.has_penalties() or loss.returns_zero_terms):
         raise UnsuitableLoss(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
     if not callable(features) and (len(set(features)) != 2 or not set(features) <= set(names)):

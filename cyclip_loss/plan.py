@@ -37,7 +37,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     if isinstance(options, PenaltyOptions):
         if options.has_penalties():
             penalties, centered = "gram", options.centered
-        elif output_dict or not logits:
+        elif not logits or (output_dict and options.returns_zero_terms):
             penalties = "zero"
         with_cross = options.needs_cross(output_dict)
     if traced:

@@ -48,7 +48,7 @@ class CySigLIPLoss(ContrastiveModule):
         lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because a
             weight, 1/64, was shown to help on one small dataset only
             (reference_train/results/siglip). CLIP's 0.25 is too strong.
-        dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
+        dist_impl: "gather" (default, also for None) or "ring". Of OpenCLIP's names, "bidir" and
             "shift" are the ring, and "reduce" is the gather.
         same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
             "positives" (y = 1).
@@ -128,13 +128,16 @@ class SigLipLoss(CySigLIPLoss):
     """SigLIP's loss, in place of `open_clip.loss.SigLipLoss`: `CySigLIPLoss` without penalties.
 
     The same constructor, also by position, the same call and gradients. Across ranks the value is
-    that of the global batch. The methods `get_logits` and `get_ground_truth` are not there.
+    that of the global batch. `output_dict=True` gives `contrastive_loss` alone. The methods
+    `get_logits` and `get_ground_truth` are not there.
 
     Args:
         cache_labels, rank, world_size, dist_impl, chunk_size: OpenCLIP's, as in `CySigLIPLoss`.
-            `dist_impl=None` is OpenCLIP's default, "bidir": here the ring.
-        options: keywords of `CySigLIPLoss`: `same_ids`, `uneven`, `impl` and others.
+            `dist_impl=None` is "gather", as in all losses here; OpenCLIP's default is "bidir".
+        keywords: options of `CySigLIPLoss`: `same_ids`, `uneven`, `impl` and others.
     """
+
+    returns_zero_terms = False
 
     def __init__(
         self,
@@ -143,15 +146,15 @@ class SigLipLoss(CySigLIPLoss):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
-        **options: Any,
+        **keywords: Any,
     ) -> None:
         super().__init__(
             cache_labels=cache_labels,
             rank=rank,
             world_size=world_size,
-            dist_impl=dist_impl or "bidir",
+            dist_impl=dist_impl or "gather",
             chunk_size=chunk_size,
-            **options,
+            **keywords,
         )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional
 
 from cyclip_loss import CyCLIPLoss
+from cyclip_loss.options import PRESETS
 
 from .command_line import Parser, at_least, track
 from .data.emoji import TRAIN_STYLES, read_emoji
@@ -43,17 +44,14 @@ TEXT: dict[str, Any] = {"context_length": 16, "width": 128, "heads": 2, "layers"
 UNUSED: dict[str, Any] = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 32}
 RATES = (1e-3, 2e-3, 4e-3)  # learning rates; more follow while the best is at an end
 RATE_SEED = 0  # of the runs that choose the learning rate
-LAMBDA_WARMUP = 0.2  # of all steps, for the strong penalties
-RECOMMENDED = {"reference_batch_size": 32, "lambda_progress": True, "centered": True}
-STRONG = {"reference_batch_size": 128, "centered": True}  # with a warm-up
-# The name of the loss in `LOSSES`, and its other arguments.
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "clip": ("clip", {}),
-    "recommended": ("cyclip", RECOMMENDED),
-    "inmodal": ("i-cyclip", RECOMMENDED),
-    "strong": ("cyclip", STRONG),
-    "crossmodal": ("c-cyclip", RECOMMENDED),
-    "strong-inmodal": ("i-cyclip", STRONG),
+# The names of the loss in `LOSSES`, and of the preset of its penalties in `PRESETS`.
+SETTINGS = {
+    "clip": ("clip", "paper"),
+    "recommended": ("cyclip", "recommended"),
+    "inmodal": ("i-cyclip", "recommended"),
+    "strong": ("cyclip", "strong"),
+    "crossmodal": ("c-cyclip", "recommended"),
+    "strong-inmodal": ("i-cyclip", "strong"),
 }
 
 
@@ -238,15 +236,14 @@ def train_run(config: Namespace, pairs: Pairs, tokenizer: Tokenizer, folder: Pat
     """Trains a run. config: name, setting, loss, seed, lr, steps, batch_size and text."""
     torch.manual_seed(config.seed)
     clip = build_model(tokenizer, config.text)
-    loss, options = LOSSES[config.loss], SETTINGS[config.setting][1]
+    loss, options = LOSSES[config.loss], dict(PRESETS[SETTINGS[config.setting][1]])
+    warmup = options.pop("lambda_warmup", 0.0)  # a share of all steps
     weights = PENALTY_WEIGHT * loss.inmodal, PENALTY_WEIGHT * loss.crossmodal
     loss_fn = CyCLIPLoss(*weights, **options)
     batch = pairs.batches(tokenizer, config.batch_size, config.seed)
 
     def inputs(step: int) -> tuple[Tensor, Tensor]:
-        share = 1.0
-        if config.setting.startswith("strong"):
-            share = min(1.0, (step + 1) / (LAMBDA_WARMUP * config.steps))
+        share = min(1.0, (step + 1) / (warmup * config.steps)) if warmup else 1.0
         loss_fn.lambda_inmodal, loss_fn.lambda_crossmodal = (share * x for x in weights)
         features, tokens = batch(step)
         return features, tokens[0]

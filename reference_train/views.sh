@@ -25,11 +25,12 @@ demonstration long --preset long --loss clip-views cyclip-views c-cyclip-views
 icons=${ICONS_OUT:-runs/icons}/icons # ICONS_OUT is the OUT of icons.sh, which draws them
 [ -d "$icons" ] || python -m reference_train.data.icons --out "$icons"
 pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
-    name=$1-$4 epochs=$2 loss=$3 seed=$4
+    name=$1-$4 epochs=$2 loss=$3 seed=$4 penalties="--penalties paper --reference-batch-size 128"
     shift 4
+    [ "$loss" != clip ] || penalties=
     python -m reference_train pretrain --preset icons --data "$icons" --out "$out/logs" \
-        --name "$name" --loss "$loss" --seed "$seed" --reference-batch-size 128 \
-        --no-lambda-progress --no-centered "$@" -- --torchcompile --epochs "$epochs"
+        --name "$name" --loss "$loss" --seed "$seed" $penalties "$@" -- --torchcompile \
+        --epochs "$epochs"
 }
 
 for seed in 0 1 2; do

@@ -5,7 +5,6 @@ exceeds the bound that `rounding.py` derives for it.
 """
 
 from collections.abc import Callable, Iterable
-from math import log
 from typing import Any
 
 import torch
@@ -159,7 +158,7 @@ def defined_terms(case: Case, given: Tensors) -> Tensors:
     )
     if case.has_progress:
         clip = terms[TERMS[0]].detach() * (1 + case.views)  # with views, a half of it is there
-        progress = (1 - clip / log(max(case.n, 2))).clamp(0, 1)
+        progress = (1 - clip / case.chance_level).clamp(0, 1)
         terms |= {name: progress * terms[name] for name in TERMS[1:]}
     if case.function == "siglip":
         terms[TERMS[0]] = reference.siglip_loss(**options, logit_bias=bias)

@@ -1,6 +1,7 @@
 """Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,11 @@ class Case:
         """The option `same_ids`, which is "ignored" if there are no ids."""
         has_positives = self.distinct_ids is not None and self.function in ("cyclip", "siglip")
         return {"same_ids": self.same_ids if has_positives else "ignored"}
+
+    @property
+    def chance_level(self):
+        """CLIP's loss where all logits are equal."""
+        return sum(log(max(self.n + (count or 0), 2)) for count in self.negatives) / 2
 
     @property
     def has_progress(self):

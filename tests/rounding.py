@@ -60,7 +60,7 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     pairs = [x * case.weights.get(y, 0.0) for x, y in zip(penalty_weights, TERMS[1:], strict=True)]
     features = (exact[name] for name in FEATURES)
     # With views, CLIP's loss and its error are halved.
-    progress_error = found[TERMS[0]] * (1 + case.views) / log(max(n, 2)) * case.has_progress
+    progress_error = found[TERMS[0]] * (1 + case.views) / case.chance_level * case.has_progress
     value, grad = penalty_bound(case, *features, *pairs, eps.penalties, progress_error)
     for name, penalty_weight in zip(TERMS[1:], penalty_weights, strict=True):
         found[name] = penalty_weight * value

@@ -40,13 +40,14 @@ from torch import Tensor
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.logits import (
+    NO_PAIRS,
     Gradients,
     Logits,
     SavedStatistics,
     SharedExponentials,
     empty_grad_like,
 )
-from cyclip_loss.numerics import softplus, tensors_of
+from cyclip_loss.numerics import is_traced, softplus, tensors_of
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
@@ -123,14 +124,22 @@ def weighted(losses: list[Tensor], inmodal_weight: float | None) -> dict[str, Te
 
 
 def progress(clip: Tensor, batch: Batch) -> Tensor:
-    """From 0, where CLIP's loss is what equal features give, ln N, to 1: a scalar without gradient.
+    """From 0, where CLIP's loss is what equal features give, to 1: a scalar without gradient.
 
-    clip: CLIP's loss.
+    Equal features give the mean over both directions of ln(N + extra negatives). clip: CLIP's loss.
     """
-    # On the CPU, as a number that takes no launch, and without a constant while compiling.
-    pairs = max(batch.total_pairs(), 2)
-    chance = torch.scalar_tensor(pairs, dtype=clip.dtype, device="cpu").log()
-    return (1 - clip.detach() / chance).clamp(0, 1)
+    pairs = batch.total_pairs()
+    candidates = [pairs, pairs]
+    for name, logits, ranks in batch.comparisons:
+        if logits.partner_offset == NO_PAIRS:
+            extra = ranks.total_rows(logits.column_features.shape[0])
+            candidates[int(name == "negative_image_features")] += extra
+    # On the CPU, as numbers that take no launch, and without constants while compiling.
+    logarithms = [
+        torch.scalar_tensor(max(count, 2), dtype=clip.dtype, device="cpu").log()
+        for count in candidates
+    ]
+    return (1 - 2 * clip.detach() / (logarithms[0] + logarithms[1])).clamp(0, 1)
 
 
 def log_sum_exps(
@@ -208,12 +217,17 @@ class _LogSumExps(torch.autograd.Function):
         after = tensors_of([grams, *[x[8:10] for x in comparisons]])
         ctx.plan, ctx.comparisons = plan, []
         returned, saved = [], []
+        kept_exponentials = plan.kept_exponentials
         for comparison in comparisons:
             logits, ranks = with_gathered_columns(*comparison), comparison[-1]
             *results, row_max, values = logsumexp_forward(
-                logits, plan.engine, plan.strategy, plan.kept_exponentials, ranks, after
+                logits, plan.engine, plan.strategy, kept_exponentials, ranks, after
             )
             after = [results[0]]
+            if kept_exponentials > 0:
+                if not is_traced(values) and row_max.isnan().any():  # columns need their own
+                    values = values.new_empty(0)
+                kept_exponentials = max(kept_exponentials - values.numel(), 0)
             # Not a slice of the record, which PyTorch 2.8 cannot trace.
             rows, columns, scale, row_ids, column_ids, *flags = logits
             saved += [rows, columns, scale, row_ids, column_ids, results[0], row_max, values]

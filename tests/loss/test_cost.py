@@ -140,3 +140,39 @@ def test_flops_are_those_of_the_formulas(function, n, lambdas, n2d, nd2):
     case = Case(n, 12, lambdas=lambdas, function=function)
     with strips_of(6), keeping(40**2):
         assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
+
+
+def saved_matrices(given):
+    """The elements of the matrices that forward saves, except for features."""
+    sizes = []
+
+    def pack(x):
+        if x.ndim == 2 and x.shape[1] != D and x.shape[0] > 2:
+            sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        CyCLIPLoss(0, 0, impl="eager")(**given)
+    return sum(sizes)
+
+
+def test_exponentials_are_kept_of_so_many_logits_of_a_call():
+    """The limit is that of all comparisons together: with views, there are three."""
+    n = 3 * D
+    case = Case(n, D, views=True, distance=1.0)
+    given = {name: x.requires_grad_() for name, x in case.arguments("cpu").items()}
+    for limit, kept in ((n * n, 1), (2 * n * n + 1, 2), (3 * n * n, 3)):
+        with keeping(limit):
+            assert saved_matrices(given) == kept * n * n
+
+
+def test_exponentials_that_backward_cannot_use_are_not_kept():
+    """A text that is opposite to all images needs exponentials of its own."""
+    image = torch.zeros(3 * D, D)
+    image[:, 0] = 1
+    text = image.clone()
+    text[0] *= -1
+    features = {"image_features": image, "text_features": text}
+    given = {name: x.requires_grad_() for name, x in features.items()}
+    assert saved_matrices({**given, "logit_scale": 100.0}) == 0
+    assert saved_matrices({**given, "logit_scale": 10.0}) == len(image) ** 2

@@ -81,6 +81,7 @@ HARD = [
     # ln 1 = 0 is no chance level.
     Case(1, 6, lambda_progress=True, distance=0.0, reason="progress of a single pair"),
     Case(9, 8, WIDE, negatives=(9, 9), views=True, reason="progress beside views", **ADVISED),
+    Case(9, 8, WIDE, negatives=(200, None), reason="a chance level above ln N", **ADVISED),
     # From log-sum-exps.
     Case(300, 8, FP16, function="log-sum-exps", reason="small upstream for float16"),
     Case(90, 20, WIDE, distinct_ids=9, **POSITIVES, reason="SigLIP, positives"),

@@ -8,12 +8,14 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from accuracy import evaluate
 from inputs import FEATURES, Case
 from inputs import VIEWS as VIEW_NAMES
 from pool import own_device
 from rank_cases import RankCase
 from support import forget_warnings
+from torch.distributed._functional_collectives import all_gather_tensor
 
 from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_warnings
 
@@ -165,3 +167,20 @@ def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(rows_per_r
     assert ["times as strong" in text for text in first] == [True] * warned
     assert second == []
     assert own.startswith("rank 1: they do not work")
+
+
+def warnings_for_a_gathered_batch(rank, world_size):
+    """Those of a call whose features are a collective's result that nobody has waited for."""
+    rows = torch.full((3, 4), 7.0, device=own_device())
+    gathered = all_gather_tensor(rows, 0, dist.group.WORLD)
+    forget_warnings()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CyCLIPLoss(distributed=False)(gathered, gathered, 10.0)
+    return [str(warning.message) for warning in caught]
+
+
+def test_features_that_are_still_gathered_are_not_taken_for_traced_ones(ranks):
+    """Compiled code gives no warnings."""
+    messages, _ = ranks.run(2, warnings_for_a_gathered_batch)
+    assert any("lengths" in message for message in messages)

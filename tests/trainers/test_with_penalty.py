@@ -13,6 +13,7 @@ from inputs import FEATURES, pairs
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from torch import nn
 
+import cyclip_loss
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 
 LAMBDAS = (0.5, 0.125)
@@ -118,6 +119,17 @@ def test_a_result_that_cannot_be_summed_is_refused(returned, message, features):
     message = f"what AudioLoss returned ({message}"
     with pytest.raises(TypeError, match=re.escape(message)):
         wrapped(*features)
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_clip_loss_with_the_penalties_is_cyclip_loss(output_dict, features):
+    wrapped = WithCyclicPenalty(cyclip_loss.ClipLoss())
+    expected = CyCLIPLoss()(*features, 10.0, output_dict=output_dict)
+    found = wrapped(*features, 10.0, output_dict=output_dict)
+    torch.testing.assert_close(found, expected)
+    wrapped.loss.lambda_inmodal = 1.0
+    with pytest.raises(TypeError, match="has the cyclic penalties already"):
+        wrapped(*features, 10.0)
 
 
 @pytest.mark.parametrize(
