@@ -47,7 +47,7 @@ class CyCLIPLoss(ContrastiveModule):
         centered: compute the penalties on features less their mean over the global batch, one mean
             for each tower. Rows are not normalised again. Adding a vector to all images, or to all
             texts, then changes no penalty, and the penalties move the two means apart less. Costs
-            O(N D) memory, in float32 (docs/lambda.md).
+            one sum over each tower's rows, and O(D) memory (docs/lambda.md).
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
@@ -197,7 +197,7 @@ class CyCLIPLoss(ContrastiveModule):
         lse = contrastive.log_sum_exps(batch, plan, started, started_penalties.grams)
         losses = contrastive.losses(batch, lse)
         terms = contrastive.weighted(losses, self.inmodal_contrastive_weight)
-        penalties = cyclic.terms(started_penalties, plan, self)
+        penalties = cyclic.terms(batch, started_penalties, plan, self)
         if self.lambda_progress:
             progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}
@@ -285,7 +285,7 @@ class CyclicPenalty(Module):
         """
         batch = prepare_pairs(self, image_features, text_features, output_dict)
         plan = make_plan(batch, self, output_dict)
-        terms = cyclic.terms(cyclic.start(batch, plan), plan, self)
+        terms = cyclic.terms(batch, cyclic.start(batch, plan), plan, self)
         warn_of_mistakes(self, batch)
         return terms if output_dict else terms["cyclic_loss"]
 

@@ -1,7 +1,7 @@
 """What all parts share: dtypes, autocast, matrix products, strips; which GPUs have kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import gcd
 from typing import Any
 
@@ -145,6 +145,18 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += matmul(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def sum_of_rows(features: Tensor) -> Tensor:
+    """The sum over the rows, (D,), in the accumulation dtype.
+
+    In strips, because a CPU widens 16-bit rows before it adds them. Compiled code widens none.
+    """
+    (_, d), dtype = features.shape, accumulation_dtype(features.dtype)
+    strips = [features]
+    if not is_traced(features):
+        strips = [*features.split(rows_per_strip(d, features.device))]
+    return reduce(torch.add, [x.sum(dim=0, dtype=dtype) for x in strips])
 
 
 @lru_cache

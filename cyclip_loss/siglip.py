@@ -119,7 +119,7 @@ class CySigLIPLoss(ContrastiveModule):
         started = contrastive.start(batch, plan)
         penalties = cyclic.start(batch, plan)
         loss = elementwise_loss(self.elementwise, batch, plan, started, penalties.grams)
-        terms = {"contrastive_loss": loss, **cyclic.terms(penalties, plan, self)}
+        terms = {"contrastive_loss": loss, **cyclic.terms(batch, penalties, plan, self)}
         warn_of_mistakes(self, batch)
         return terms if output_dict else sum_of_terms(terms.values())
 

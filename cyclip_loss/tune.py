@@ -73,7 +73,7 @@ def calls(kernel: str, image: Tensor) -> Any:
     logits = Logits(image, text, 50 * one, None, None, 0, True, False)
     lse = 12 * one.repeat(n)  # about that of random logits
     saved = SavedStatistics(lse, lse, 0 * lse, one * 0.5 / n)
-    grams = torch.randn(3, d, d, device=image.device)
+    grams, means = torch.randn(3, d, d, device=image.device), image[:2].float()
     needs = [[multiplies, multiplies, True] for multiplies in (False, True)]
     return {
         "contrastive_lse": [(logits,)],
@@ -81,8 +81,8 @@ def calls(kernel: str, image: Tensor) -> Any:
         "elementwise_terms": [
             (logits, -10 * one, name, 0.5 / n, x) for x in needs for name in ELEMENTWISE
         ],
-        "gram_matrices": [(image, text, True)],
-        "cyclic_grads": [(image, text, list(grams))],
+        "gram_matrices": [(image, text, x, True) for x in (None, means)],
+        "cyclic_grads": [(image, text, x, list(grams)) for x in (None, means)],
     }[kernel]
 
 

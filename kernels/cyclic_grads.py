@@ -57,6 +57,7 @@ def factors_kernel(
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
+    means,  # (2, d), of the images and of the texts, float32; or None
     factors,  # (2 or 4, d, d), from `factors_kernel`
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
@@ -82,7 +83,7 @@ def cyclic_grads_kernel(
         text_pointers = text + row[:, None] * text_stride + inner[None, :]
         i = tl.load(image_pointers).to(tl.float32)
         t = tl.load(text_pointers).to(tl.float32)
-        u, v = u_and_v(i, t, PRECISION)
+        u, v = u_and_v(i, t, 1.0, means, inner, d, True, PRECISION)
         # (BK, BD) blocks, read along contiguous rows. They come rounded: rounded here, in
         # registers, they would go back to shared memory. Loading all of them first saves registers.
         blocks = factors + columns[None, :] * d + inner[:, None]
@@ -104,13 +105,14 @@ def cyclic_grads_kernel(
 
 
 def cyclic_grads(
-    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor]
+    image_features: Tensor, text_features: Tensor, means: Tensor | None, gram_grads: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """As `eager.cyclic_grads`."""
     config = config_for("cyclic_grads", image_features)
     tile = config.tile
     multiple = max(tile["BD"], tile["BK"])
     image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
+    means = None if means is None else aligned_features(means, multiple)
     n, d = image.shape
     unpadded = image_features.shape[1]
     a_grad, b_grad, *c_grad = gram_grads
@@ -122,8 +124,8 @@ def cyclic_grads(
             PRECISION=tile["PRECISION"], **ROUND.kwargs,
         )  # fmt: skip
         cyclic_grads_kernel[(ceil_div(n, tile["BM"]) * (d // tile["BD"]),)](
-            image, text, factors, image_grad, text_grad, n, d, image.stride(0), text.stride(0),
-            WITH_CROSS=len(factors) == 4, **config.kwargs,
+            image, text, means, factors, image_grad, text_grad, n, d, image.stride(0),
+            text.stride(0), WITH_CROSS=len(factors) == 4, **config.kwargs,
         )  # fmt: skip
     if d == unpadded:
         return image_grad, text_grad

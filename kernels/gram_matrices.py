@@ -30,20 +30,22 @@ from cyclip_loss.numerics import on_device_of
 MAX_SPLITS = 16
 MAX_PARTS_ELEMENTS = 2**26
 MIN_SPLIT_ROWS = 1024
-# 32-bit offsets reach through three matrices of this size, 8.6 GB. A multiple of all tiles.
-MAX_D = 26752
+# 32-bit offsets reach through three matrices of this size, 8.5 GB. A multiple of all tiles, also of
+# the largest, 256, that `cyclip_loss.tune` may choose: D is padded to a multiple of the tile.
+MAX_D = 26624
 
 
 @triton.jit
-def _load_block(features, rows, columns, n, stride):
+def _load_block(features, rows, columns, valid, stride):
     pointers = features + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(pointers, mask=(rows < n)[:, None], other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n", "split_rows"])
 def gram_matrices_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
+    means,  # (2, d), of the images and of the texts, float32; or None
     grams,  # (splits, 2 or 3, d, d) out
     n,
     d,  # a multiple of BD
@@ -70,14 +72,14 @@ def gram_matrices_kernel(
         end = tl.minimum(split * split_rows + split_rows, n)
         for start in range(split * split_rows, end, BK):
             rows = start + tl.arange(0, BK)
-            i_image = _load_block(image, rows, i_columns, end, image_stride)
-            i_text = _load_block(text, rows, i_columns, end, text_stride)
-            # Also without C: Triton then lays out the tiles better.
-            i_text *= sign
-            j_image = _load_block(image, rows, j_columns, end, image_stride)
-            j_text = _load_block(text, rows, j_columns, end, text_stride)
-            u_i, v_i = u_and_v(i_image, i_text, PRECISION)
-            u_j, v_j = u_and_v(j_image, j_text, PRECISION)
+            valid = (rows < end)[:, None]
+            i_image = _load_block(image, rows, i_columns, valid, image_stride)
+            i_text = _load_block(text, rows, i_columns, valid, text_stride)
+            j_image = _load_block(image, rows, j_columns, valid, image_stride)
+            j_text = _load_block(text, rows, j_columns, valid, text_stride)
+            # The sign also without C: Triton then lays out the tiles better.
+            u_i, v_i = u_and_v(i_image, i_text, sign, means, i_columns, d, valid, PRECISION)
+            u_j, v_j = u_and_v(j_image, j_text, 1.0, means, j_columns, d, valid, PRECISION)
             u_product = tl.dot(tl.trans(u_i), u_j, u_product, input_precision=PRECISION)
             v_product = tl.dot(tl.trans(v_i), v_j, v_product, input_precision=PRECISION)
 
@@ -97,12 +99,15 @@ def gram_matrices_kernel(
                 tl.store(out + 2 * matrix + mirrored, v_product)
 
 
-def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
+def gram_matrices(
+    image_features: Tensor, text_features: Tensor, means: Tensor | None, with_cross: bool
+) -> Tensor:
     """As `eager.gram_matrices`."""
     config = config_for("gram_matrices", image_features)
     bd, bk = config.tile["BD"], config.tile["BK"]
     unpadded = image_features.shape[1]
     image, text = aligned_features(image_features, bd), aligned_features(text_features, bd)
+    means = None if means is None else aligned_features(means, bd)
     n, d = image.shape
     most_splits = MAX_PARTS_ELEMENTS // (3 * unpadded**2)
     splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS, most_splits))
@@ -112,7 +117,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
     with on_device_of(image):
         gram_matrices_kernel[((d // bd) ** 2, splits, matrices - 1)](
-            image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
+            image, text, means, parts, n, d, image.stride(0), text.stride(0), split_rows,
             WITH_CROSS=with_cross, **config.kwargs,
         )  # fmt: skip
     grams = parts[0] if splits == 1 else parts.sum(dim=0)  # in an order that is always the same

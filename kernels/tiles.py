@@ -103,10 +103,20 @@ def operand(features: Tensor, tile: dict[str, Any]) -> Tensor:
 
 
 @triton.jit
-def u_and_v(image, text, PRECISION: tl.constexpr):
-    """U = I + T and V = I - T in float32, rounded for the products."""
+def u_and_v(image, text, sign, means, columns, d, valid, PRECISION: tl.constexpr):
+    """U = I + T and V = I - T in float32, less their means, rounded for the products.
+
+    sign: of T, and so 1 or, to swap U and V, -1. means: (2, d), of the images and of the texts; or
+    None. valid: which rows there are. Past the end, U and V are 0, and not less than 0 by a mean.
+    """
+    text *= sign
     u = image + text
     v = image - text
+    if means is not None:
+        image_mean = tl.load(means + columns)[None, :]
+        text_mean = tl.load(means + d + columns)[None, :] * sign
+        u = tl.where(valid, u - (image_mean + text_mean), 0.0)
+        v = tl.where(valid, v - (image_mean - text_mean), 0.0)
     if PRECISION == "tf32":
         u = round_to_tf32(u)
         v = round_to_tf32(v)

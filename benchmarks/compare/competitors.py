@@ -9,6 +9,7 @@ library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record; 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
@@ -97,7 +98,7 @@ def with_extra_texts(loss: Callable[..., Tensor]) -> Loss:
 CYCLIP, CLIP, ONE_WAY = "CyCLIP", "CLIP", "one-way InfoNCE"
 PENALTIES, SIGLIP, SIGLIP_WITH_PENALTIES = "penalties", "SigLIP", "SigLIP with penalties"
 SAME_IDS, POSITIVES = "CyCLIP, ids, each twice", "CyCLIP, positives"
-EXTRA_TEXTS = "CyCLIP, N extra texts"
+EXTRA_TEXTS, CENTERED = "CyCLIP, N extra texts", "CyCLIP, centred"
 OTHER = "another loss"
 DEFINITIONS: dict[str, Loss] = {
     CYCLIP: _cyclip,
@@ -109,6 +110,7 @@ DEFINITIONS: dict[str, Loss] = {
     SAME_IDS: with_ids(_cyclip),
     POSITIVES: with_ids(_cyclip, same_ids="positives"),
     EXTRA_TEXTS: with_extra_texts(_cyclip),
+    CENTERED: partial(_cyclip, centered=True),
 }
 
 
@@ -202,6 +204,7 @@ COMPETITORS: tuple[Competitor, ...] = (
     Competitor(OURS, CyCLIPLoss),
     Competitor("CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
     Competitor(f"{OURS}, torch.compile", lambda: torch.compile(CyCLIPLoss()), up_to=SHORT),
+    Competitor("CyCLIPLoss, centred", lambda: CyCLIPLoss(centered=True), CENTERED, up_to=SHORT),
     Competitor(AUTHORS, lambda: authors_formula),
     Competitor(COMPILED[AUTHORS], lambda: torch.compile(authors_formula)),
     Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),

@@ -74,6 +74,8 @@ class Variant(NamedTuple):
         flags = [name.lower() for name, value in self.constants.items() if value is True]
         if str(self.description["signature"].get("row_ids")).startswith("*"):
             flags.append("ids")
+        if str(self.description["signature"].get("means")).startswith("*"):
+            flags.append("centered")
         if "gradient" in self.constants:  # None
             flags.append("loss only")
         return f"{self.name} ({', '.join(flags)})" if flags else self.name
@@ -114,9 +116,9 @@ def no_device(arch: str, is_exact: bool) -> Iterator[dict[str, tuple[Any, dict[s
 def variants(arch: str, features: str) -> list[Variant]:
     """The binaries that a chip needs for features of a dtype, each once.
 
-    The steps differ in what selects a binary: the loss, whether D is a multiple of 16, ids, what
-    they mean, extra negatives, which towers are trained, and whether each penalty is wanted (which
-    takes one more product).
+    The steps differ in what selects a binary: the loss, whether its penalties are centred, whether
+    D is a multiple of 16, ids, what they mean, extra negatives, which towers are trained, and
+    whether each penalty is wanted (which takes one more product).
     """
     dtype, is_exact = FEATURES[features]
     distinct, both = torch.arange(N), (True, True)
@@ -130,7 +132,7 @@ def variants(arch: str, features: str) -> list[Variant]:
     )
     with no_device(arch, is_exact) as binaries:
         for make, (d, ids, same_ids, trained), output_dict in product(
-            (CyCLIPLoss, CySigLIPLoss), cases, (True, False)
+            (CyCLIPLoss, partial(CyCLIPLoss, centered=True), CySigLIPLoss), cases, (True, False)
         ):
             pairs = zip(Run(torch.device("cpu")).pairs(N, d, dtype), trained, strict=True)
             image, text = (x.requires_grad_(is_trained) for x, is_trained in pairs)

@@ -322,29 +322,42 @@ def _negate_positives(x: Tensor, start: int, logits: Logits, others: Tensor | No
 
 
 def _u_and_v_strips(
-    image_features: Tensor, text_features: Tensor
+    image_features: Tensor, text_features: Tensor, means: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each strip: its rows, and U = I + T and V = I - T in the accumulation dtype."""
+    """For each strip: its rows, and U = I + T and V = I - T in the accumulation dtype.
+
+    With `means`, those of U and V are subtracted.
+    """
     (n, d), dtype = image_features.shape, accumulation_dtype(image_features.dtype)
     height = rows_per_strip(2 * d, image_features.device)
     for start in range(0, n, height):
         rows = slice(start, start + height)
         image, text = image_features[rows].to(dtype), text_features[rows].to(dtype)
-        yield rows, image + text, image - text
+        u, v = image + text, image - text
+        if means is not None:
+            u -= means[0] + means[1]
+            v -= means[0] - means[1]
+        yield rows, u, v
 
 
-def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
+def gram_matrices(
+    image_features: Tensor, text_features: Tensor, means: Tensor | None, with_cross: bool
+) -> Tensor:
     """The Gram matrices A = U^T U, B = V^T V and, if `with_cross`, C = V^T U: (2 or 3, D, D).
 
     U = I + T and V = I - T are formed in the accumulation dtype, before anything is rounded. V is
     small for well-aligned pairs, and would be lost in a difference of rounded numbers.
+
+    means: (2, D), what is subtracted from the images and from the texts, in the accumulation dtype;
+    None: nothing. The sum is subtracted from U, and the difference from V, which loses fewer digits
+    than to subtract them from I and T.
     """
     d, dtype = image_features.shape[1], accumulation_dtype(image_features.dtype)
     grams = image_features.new_zeros(3 if with_cross else 2, d, d, dtype=dtype)
     # A and B are symmetric: each block of rows is computed from the diagonal on, then mirrored.
     height = GRAM_ROWS if image_features.is_cpu else d
     blocks = [slice(start, start + height) for start in range(0, d, height)]
-    for _, u, v in _u_and_v_strips(image_features, text_features):
+    for _, u, v in _u_and_v_strips(image_features, text_features, means):
         for gram, x in ((grams[0], u), (grams[1], v)):
             for rows in blocks:
                 gram[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
@@ -356,14 +369,15 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 
 
 def cyclic_grads(
-    image_features: Tensor, text_features: Tensor, gram_grads: list[Tensor]
+    image_features: Tensor, text_features: Tensor, means: Tensor | None, gram_grads: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the features, given those of the Gram matrices, dA, dB and, with C, dC.
 
         dU = U (dA + dA^T) + V dC        dI = dU + dV
         dV = V (dB + dB^T) + U dC^T      dT = dU - dV
 
-    gram_grads: (D, D) each, contiguous. Returns dI and dT, (n, D), in the features' dtype.
+    means: as in `gram_matrices`. gram_grads: (D, D) each, contiguous. Returns dI and dT, (n, D), in
+    the features' dtype.
     """
     a_grad, b_grad, *c_grad = gram_grads
     a_grad, b_grad = a_grad + a_grad.T, b_grad + b_grad.T
@@ -371,7 +385,7 @@ def cyclic_grads(
     with_cross = c_grad and (not c_grad[0].is_cpu or c_grad[0].any())
     # Both, also if only one is needed: they have all products in common.
     image_grad, text_grad = (x.new_empty(x.shape) for x in (image_features, text_features))
-    for rows, u, v in _u_and_v_strips(image_features, text_features):
+    for rows, u, v in _u_and_v_strips(image_features, text_features, means):
         u_grad, v_grad = u @ a_grad, v @ b_grad
         if with_cross:
             u_grad.addmm_(v, c_grad[0])

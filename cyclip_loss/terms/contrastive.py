@@ -27,8 +27,8 @@ accumulation dtype.
 for backward. It keeps PyTorch's own collectives in order, but moves operators by their sizes, which
 may differ between ranks. So an operator that communicates depends on all that was sent before it:
 its argument `after` has those tensors, and is not read. Outside of operators are the gathers and
-the all-reduce of the Gram matrices, which come before the operators, and the sum of the losses,
-which depends on all of them. In backward, only the operators communicate.
+the all-reduces of the means and the Gram matrices, which come before the operators, and the sum of
+the losses, which depends on all of them. In backward, only the operators communicate.
 """
 
 from functools import partial

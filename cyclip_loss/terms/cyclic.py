@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
-from cyclip_loss.numerics import accumulation_dtype, is_traced
+from cyclip_loss.numerics import accumulation_dtype, is_traced, sum_of_rows
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
@@ -33,7 +33,7 @@ TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 class Started(NamedTuple):
     """The penalties of a call whose all-reduce runs while other terms are computed."""
 
-    batch: Batch  # with centred features, if the plan asks for them
+    means: Tensor | None  # as in `eager.gram_matrices`, of all ranks' rows
     # The Gram matrices. Across ranks, the start of an all-reduce of them and the row count: 2 D^2 +
     # 1 elements of the accumulation dtype, 3 D^2 + 1 with C. None if the plan needs none.
     grams: Tensor | None
@@ -41,47 +41,37 @@ class Started(NamedTuple):
 
 def start(batch: Batch, plan: Plan) -> Started:
     """Compute this rank's Gram matrices, for `terms`."""
-    if plan.centered:
-        # Dense penalties, which are plain PyTorch, have second derivatives.
-        batch = _centered(batch, plan.penalties == "dense")
     if plan.penalties != "gram":
-        return Started(batch, None)
+        return Started(None, None)
+    features, ranks = (batch.image_features, batch.text_features), batch.ranks
+    means = None
     with torch.no_grad():
-        grams: Tensor = gram_matrices(
-            batch.image_features, batch.text_features, plan.with_cross, plan.engine
-        )
-    if batch.ranks.size > 1:
-        count = grams.new_full((1,), batch.image_features.shape[0])
-        grams = torch.cat((grams.reshape(-1), count))
-        grams = collectives.start_all_reduce(grams, "sum", batch.ranks)
-    return Started(batch, grams)
+        if plan.centered:
+            # For autograd the means are constants: the gradients of a function of centred features
+            # sum to 0 over the rows, so what the means would add to them is 0.
+            sums, count = torch.cat([sum_of_rows(x) for x in features]), features[0].shape[0]
+            if ranks.size > 1:
+                summed = collectives.all_reduce(_with_count(sums, features), "sum", ranks)
+                sums, count = summed[:-1], summed[-1]
+            means = (sums / count).view(2, -1)
+        grams: Tensor = gram_matrices(*features, means, plan.with_cross, plan.engine)
+    if ranks.size > 1:
+        grams = collectives.start_all_reduce(_with_count(grams, features), "sum", ranks)
+    return Started(means, grams)
 
 
-def _centered(batch: Batch, differentiates_means: bool) -> Batch:
-    """The batch for the penalties: less each tower's mean over all ranks.
-
-    The features get the accumulation dtype: 16 bits would lose the small differences of features
-    that lie close together. So Gram matrices lose no digits, and engines need to know nothing of
-    means, for O(N D) memory and an all-reduce of 2 D + 1 elements.
-
-    differentiates_means: only second derivatives need it. A function of centred features has
-    gradients that sum to 0 over the rows, so what the means would add to the first is 0.
-    """
-    pair = batch.image_features, batch.text_features
-    rows = pair if differentiates_means else [x.detach() for x in pair]
-    sums = [x.sum(dim=0, dtype=accumulation_dtype(x.dtype)) for x in rows]
-    own = torch.cat((*sums, sums[0].new_full((1,), pair[0].shape[0])))
-    summed = collectives.all_reduce(own, "sum", batch.ranks)
-    image_mean, text_mean = (summed[:-1] / summed[-1]).chunk(2)
-    return Batch(pair[0] - image_mean, pair[1] - text_mean, batch.ranks)
+def _with_count(sums: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
+    """This rank's sums, and as the last element the number of rows in them."""
+    return torch.cat((sums.reshape(-1), sums.new_full((1,), features[0].shape[0])))
 
 
-def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Tensor]:
+def terms(batch: Batch, started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Tensor]:
     """The weighted penalties by name if `plan.output_dict`, else {"cyclic_loss": their sum}.
 
     The scalars have the accumulation dtype. Empty if the plan needs none.
     """
-    (image_features, text_features, ranks, *_), grams = started
+    image_features, text_features, ranks, *_ = batch
+    means, grams = started
     num_pairs: Any
     num_pairs, d = image_features.shape
     if plan.penalties == "none":
@@ -101,12 +91,10 @@ def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Te
             one = image_features.new_ones((), dtype=dtype)
         weights = options.weights(num_pairs, one)
         if grams is None:
-            penalties = dense.cyclic_terms(
-                image_features, text_features, weights, plan.with_cross, plan.output_dict
-            )
+            penalties = dense.cyclic_terms(image_features, text_features, weights, plan)
         else:
             differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
-                image_features, text_features, grams, ranks.size, plan.engine
+                image_features, text_features, means, grams, ranks.size, plan.engine
             )
             one_by_one = (weights[0], 0.0), (0.0, weights[1])
             penalties = [
@@ -120,7 +108,7 @@ def terms(started: Started, plan: Plan, options: PenaltyOptions) -> dict[str, Te
 class _GramMatrices(torch.autograd.Function):
     """The Gram matrices of the global batch, from `start`, as functions of the features.
 
-    image_features, text_features: (n, D); num_ranks: how many share the batch.
+    image_features, text_features: (n, D); means: from `start`; num_ranks: how many share the batch.
     """
 
     @staticmethod
@@ -128,11 +116,12 @@ class _GramMatrices(torch.autograd.Function):
         ctx: Any,
         image_features: Tensor,
         text_features: Tensor,
+        means: Tensor | None,
         grams: Tensor,
         num_ranks: int,
         engine: str,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(image_features, text_features)
+        ctx.save_for_backward(image_features, text_features, means)
         ctx.num_ranks, ctx.engine = num_ranks, engine
         return grams.unbind()
 
@@ -141,7 +130,7 @@ class _GramMatrices(torch.autograd.Function):
         grads = list(gram_grads)
         if ctx.num_ranks > 1:  # DDP averages
             grads = [x * ctx.num_ranks for x in grads]
-        return (*cyclic_grads(*ctx.saved_tensors, grads, ctx.engine), None, None, None)
+        return (*cyclic_grads(*ctx.saved_tensors, grads, ctx.engine), None, None, None, None)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -175,11 +164,15 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _gram_matrices(
-    image_features: Tensor, text_features: Tensor, with_cross: bool, engine: str
+    image_features: Tensor,
+    text_features: Tensor,
+    means: Tensor | None,
+    with_cross: bool,
+    engine: str,
 ) -> Tensor:
     """The Gram matrices of this rank's rows, as in `eager.gram_matrices`."""
     return engines.load(engine, image_features).gram_matrices(  # type: ignore[no-any-return]
-        image_features, text_features, with_cross
+        image_features, text_features, means, with_cross
     )
 
 
@@ -195,12 +188,13 @@ gram_matrices = Operator("gram_matrices", _gram_matrices, _gram_fake)
 def _cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
+    means: Tensor | None,
     gram_grads: list[Tensor],
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's features, as in `eager.cyclic_grads`."""
     return engines.load(engine, image_features).cyclic_grads(  # type: ignore[no-any-return]
-        image_features, text_features, gram_grads
+        image_features, text_features, means, gram_grads
     )
 
 

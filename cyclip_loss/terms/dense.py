@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cyclip_loss.batch import Plan
 from cyclip_loss.logits import Logits
 from cyclip_loss.numerics import accumulation_dtype, is_traced, without_autocast
 
@@ -81,23 +82,23 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
 
 
 def cyclic_terms(
-    image_features: Tensor,
-    text_features: Tensor,
-    weights: Any,
-    with_cross: bool,
-    output_dict: bool,
+    image_features: Tensor, text_features: Tensor, weights: Any, plan: Plan
 ) -> list[Tensor]:
-    """Both weighted penalties if `output_dict`, else [their sum]. Features: (N, D).
+    """Both weighted penalties if `plan.output_dict`, else [their sum]. Features: (N, D).
 
-    weights: of N * P_in and N * P_cross. They are equal unless `with_cross`.
+    weights: of N * P_in and N * P_cross. They are equal unless `plan.with_cross`.
     """
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)
-        w_matrix = (image + text) @ (image - text).mT
-        if not with_cross:
+        u, v = image + text, image - text
+        if plan.centered:
+            # Autograd sees the means, which second derivatives need.
+            u, v = u - u.mean(dim=0), v - v.mean(dim=0)
+        w_matrix = u @ v.mT
+        if not plan.with_cross:
             # The backward of a product takes less time than that of `square`.
             return [(w_matrix * w_matrix).sum() * ((weights[0] + weights[1]) / 2)]
         inmodal = (w_matrix + w_matrix.mT).square().sum() * (weights[0] / 4)
         crossmodal = (w_matrix - w_matrix.mT).square().sum() * (weights[1] / 4)
-        return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]
+        return [inmodal, crossmodal] if plan.output_dict else [inmodal + crossmodal]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from cyclip_loss import CyCLIPWarning, kernels, tune
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import HALF, config_for
+from cyclip_loss.kernels.tiles import ceil_div
 from cyclip_loss.logits import Logits
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
@@ -114,6 +115,15 @@ def run_main(monkeypatch, rows):
         patch.setattr(kernels, "INTERPRETED", False)
         patch.setattr(tune, "tune", lambda *_: iter(rows))
         tune.main([])
+
+
+@pytest.mark.parametrize("kernel", ["gram_matrices", "cyclic_grads"])
+def test_every_tile_of_the_penalties_reaches_the_end_of_the_largest_matrices(kernel):
+    """Offsets into three matrices, padded to the tile, have 32 bits."""
+    for config in tune.candidates(BFLOAT16, configs._INTERPRETER[kernel][HALF]):
+        multiple = max(config.tile["BD"], config.tile["BK"])
+        padded = ceil_div(kernels.MAX_D, multiple) * multiple
+        assert 3 * padded**2 < 2**31, config
 
 
 def test_what_was_chosen_is_kept_also_after_an_interrupt(file, monkeypatch, capsys):

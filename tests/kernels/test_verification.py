@@ -82,6 +82,7 @@ STEPS = [
     ({"frozen": frozenset(["logit_scale"])}, (GRADS,)),
     ({"lambdas": (0.25, 0.5)}, (GRAMS, CYCLIC_GRADS)),
     ({"output_dict": True}, (GRAMS, CYCLIC_GRADS)),
+    ({"centered": True}, (GRAMS, CYCLIC_GRADS)),
     ({"image_layout": "rows 8 elements wider"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),
     ({"image_layout": "8 bytes off"}, ()),
 ]
@@ -326,7 +327,7 @@ def test_two_threads_compare_a_layout_once(monkeypatch):
     engine = verified(torch.float32)
     with ThreadPoolExecutor(3) as threads:
         for call in [
-            threads.submit(engine.gram_matrices, image, text, with_cross)
+            threads.submit(engine.gram_matrices, image, text, None, with_cross)
             for with_cross in (True, False, True)
         ]:
             call.result(timeout=120)
@@ -361,7 +362,7 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatc
     ):
         warnings.filterwarnings("error", "deprecated in a compiler", DeprecationWarning)
         before = state()
-        engine.gram_matrices(image, text, False)
+        engine.gram_matrices(image, text, None, False)
         assert state() == before
     assert engine.problem is None
 
@@ -378,4 +379,4 @@ def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch):
     monkeypatch.setattr(VerifiedKernels, "compare", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
-        verified.gram_matrices(*Case(6, 4).inputs("cpu")[:2], False)
+        verified.gram_matrices(*Case(6, 4).inputs("cpu")[:2], None, False)
