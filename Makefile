@@ -7,9 +7,7 @@ test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint:
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+	VENV=$$($(PYTHON) -c "import sys; print(sys.prefix)") bash .ci/run lint types workflows api
 
 versions:
 	$(PYTHON) -m nox -f .ci/noxfile.py -- benchmarks/results/versions.md

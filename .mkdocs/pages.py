@@ -1,7 +1,8 @@
 """The site has the repository's tree, so that a relative link is right in both.
 
-What is a page or a picture here is on the site. A link to any other file of the repository leads to
-the repository's page of it.
+What is a page, a picture or a script here is on the site. A link to any other file of the
+repository leads to the repository's page of it, or is plain text if the address of the repository
+is not known.
 """
 
 import re
@@ -12,12 +13,17 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 ON_SITE = (
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*.png", "docs/*.svg"),
-    *("benchmarks/README.md", "benchmarks/results/*.md", "benchmarks/results/*.png"),
-    *("reference_train/README.md", "reference_train/emoji/README.md"),
-    *("reference_train/results/**/*.md", "reference_train/results/**/*.png"),
+    "*.md",
+    "docs/*.md",
+    "docs/*.py",
+    "docs/*.png",
+    "docs/*.svg",
+    "benchmarks/**/*.md",
+    "benchmarks/**/*.png",
+    "reference_train/**/*.md",
 )
-LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+# Its text, its file and the rest of its address, of a link that is not to another site.
+LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)([^)]*)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -36,14 +42,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """The page with its links to files that are not on the site leading to the repository."""
 
     def link(match: re.Match[str]) -> str:
-        path = (ROOT / page.file.src_uri).parent.joinpath(match[1]).resolve()
+        text, target, anchor = match.groups()
+        path = (ROOT / page.file.src_uri).parent.joinpath(target).resolve()
         if not path.exists() or not path.is_relative_to(ROOT):
-            return match[1]  # mkdocs warns
+            return match[0]  # mkdocs warns
         uri = path.relative_to(ROOT).as_posix()
         if files.get_file_from_path(uri):
-            return match[1]
+            return match[0]
         if not config.repo_url:  # built on a developer's machine
-            return path.as_uri()
-        return f"{config.repo_url.rstrip('/')}/{'tree' if path.is_dir() else 'blob'}/main/{uri}"
+            return text
+        kind = "tree" if path.is_dir() else "blob"
+        return f"[{text}]({config.repo_url.rstrip('/')}/{kind}/main/{uri}{anchor})"
 
     return LINK.sub(link, markdown)

@@ -122,7 +122,8 @@ def limit_to_available() -> int | None:
     available = max(0, free - RESERVED_BYTES)
     limit = _proc_bytes("self/status", "VmData") + available
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError):  # some containers have a /proc that is read only
+        Path("/proc/self/oom_score_adj").write_text("1000")
     return available
 
 

@@ -163,7 +163,8 @@ def versions() -> dict[str, str]:
 def markdown(run: Run, found_versions: dict[str, str]) -> str:
     """The record as a page: machine, versions, the summary, and what each section found."""
     shown = ", ".join(f"{name} {version}" for name, version in found_versions.items())
-    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    allocator = [f"{name}={x}" for name, x in os.environ.items() if name.startswith("MALLOC_")]
+    command = " ".join([*sorted(allocator), "python -m benchmarks", *sys.argv[1:]])
     parts = [
         f"# {device_name(run.device)}, {run.date.isoformat(timespec='minutes')}",
         "**DRY RUN** on the CPU: its times mean nothing." if run.dry_run else "",
@@ -256,7 +257,7 @@ def run_sections(
     """
     name = options.name or f"{options.command}-{run.date:%Y-%m-%dT%H%M}"
     page, found_versions = options.out / f"{name}.md", versions()
-    page.parent.mkdir(exist_ok=True)  # the name may have a folder
+    page.parent.mkdir(parents=True, exist_ok=True)  # the name may have folders
     for section, measure in sections.items():
         run.section = run.sections[section] = Section()
         run.say(section)

@@ -116,8 +116,6 @@ def prepare(
         columns_of_ranks, has_pairs = counted.get(name, ranks), partner_offset == 0
         if not has_pairs and columns_of_ranks.total_rows(columns.shape[0]) == 0:
             continue
-        if column_ids is not None:  # torch.compile refuses the same tensor twice
-            column_ids = column_ids.view_as(column_ids)
         logits = Logits(
             rows,
             columns,
@@ -308,10 +306,11 @@ def check_ids(name: str, ids: Tensor | None, features: Tensor) -> Tensor | None:
     return ids.to(torch.int64).contiguous()
 
 
-def caption_ids(tokens: Tensor) -> Tensor:
+def caption_ids(tokens: Tensor, pad_id: int = 0) -> Tensor:
     """`ids` of captions: a hash, (N,) int64, of each row of token numbers (N, context length).
 
-    It is the same on every rank, and zeros at the end of a row do not change it. Among 65,536
+    It is the same on every rank, and padding at the end of a row, by tokens that are `pad_id`, does
+    not change it. With another `pad_id`, a caption has another hash. Among 65,536
     different captions, two have the same hash with a probability of 2^-33.
 
     Raises:
@@ -323,4 +322,4 @@ def caption_ids(tokens: Tensor) -> Tensor:
         raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
     # Powers of an odd number modulo 2^64, at which products and sums wrap around.
     weights = torch.full((tokens.shape[1],), 0x5BD1E995, device=tokens.device).cumprod(0)
-    return (tokens.long() * weights).sum(dim=1)
+    return ((tokens.long() - pad_id) * weights).sum(dim=1)

@@ -1,6 +1,6 @@
 """The log-sum-exps that contrastive losses are made of, with gradients."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from cyclip_loss.inputs import prepare, warn_of_mistakes
 from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.plan import make_plan
+from cyclip_loss.ranks.groups import uncompiled_if_uneven
 from cyclip_loss.terms import contrastive
 
 
@@ -81,17 +82,23 @@ def contrastive_logsumexp(
         uneven=uneven,
         impl=impl,
     )
-    batch = prepare(
+    return _contrastive_logsumexp(
         options,
-        image_features,
-        text_features,
-        logit_scale,
-        function=f"contrastive_logsumexp(one_way={boolean('one_way', one_way)})",
-        symmetric=not one_way,
+        boolean("one_way", one_way),
+        (image_features, text_features, logit_scale),
         ids=ids,
         negative_text_features=negative_text_features,
         negative_text_ids=negative_text_ids,
     )
+
+
+@uncompiled_if_uneven
+def _contrastive_logsumexp(
+    options: ContrastiveOptions, one_way: bool, inputs: Any, **further: Any
+) -> ContrastiveLogSumExp:
+    """`contrastive_logsumexp`, with its options in a record."""
+    function = f"contrastive_logsumexp(one_way={one_way})"
+    batch = prepare(options, *inputs, function=function, symmetric=not one_way, **further)
     plan = make_plan(batch, options)
     warn_of_mistakes(contrastive_logsumexp, batch)
     started = contrastive.start(batch, plan)

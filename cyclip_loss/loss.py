@@ -20,6 +20,7 @@ from cyclip_loss import options
 from cyclip_loss.inputs import prepare, prepare_pairs, warn_of_mistakes
 from cyclip_loss.options import ContrastiveModule, Module, PenaltyOptions, option
 from cyclip_loss.plan import make_plan
+from cyclip_loss.ranks.groups import uncompiled_if_uneven
 from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
 
 
@@ -82,6 +83,9 @@ class CyCLIPLoss(ContrastiveModule):
     process on the whole batch. The first call with a given configuration verifies that all ranks
     agree. docs/distributed.md has the details.
 
+    Gradients that fit into their dtype are finite if the upstream gradient, such as the scale of a
+    `GradScaler`, is at most 1e29 or, up to N = D, 1e19. (With float64 features: 1e289.)
+
     Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
     whose rows are not of unit length, or a logit scale that is not finite, or is below 5 and so
@@ -109,6 +113,7 @@ class CyCLIPLoss(ContrastiveModule):
     gather_with_grad: bool = option(False, options.boolean, same_on_all_ranks=False)
     use_horovod: bool = option(False, options.one_of((False,)))
 
+    @uncompiled_if_uneven
     def forward(
         self,
         image_features: Tensor,
@@ -186,11 +191,11 @@ class CyCLIPLoss(ContrastiveModule):
         )
         plan = make_plan(batch, self, output_dict)
         started = contrastive.start(batch, plan)
-        grams = cyclic.start(batch, plan)
-        lse = contrastive.log_sum_exps(batch, plan, started)
+        started_penalties = cyclic.start(batch, plan)
+        lse = contrastive.log_sum_exps(batch, plan, started, started_penalties.grams)
         losses = contrastive.losses(batch, lse)
         terms = contrastive.weighted(losses, self.inmodal_contrastive_weight)
-        penalties = cyclic.terms(grams, plan, self)
+        penalties = cyclic.terms(started_penalties, plan, self)
         if self.lambda_progress:
             progress = contrastive.progress(losses[0], batch)
             penalties = {name: progress * penalty for name, penalty in penalties.items()}

@@ -6,6 +6,7 @@ from math import gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +67,14 @@ def float32_is_exact() -> bool:
     if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; the older name sets it, too
         return matmul.fp32_precision not in ("tf32", "bf16")
     return torch.get_float32_matmul_precision() == "highest"
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), which rounds to x above the threshold of the dtype.
+
+    A higher threshold would need smaller upstream gradients: backward multiplies them by exp(x).
+    """
+    return F.softplus(x, threshold=40.0 if x.dtype == torch.float64 else 20.0)
 
 
 # Makes the features' GPU the current one, which Triton launches on and NCCL sends from.

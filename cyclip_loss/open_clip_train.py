@@ -1,13 +1,15 @@
-"""OpenCLIP's trainer with the CyCLIP loss: `python -m cyclip_loss.open_clip_train`.
+"""OpenCLIP's trainer with this loss: `python -m cyclip_loss.open_clip_train`.
 
 Takes all of `open_clip_train`'s flags and a few of its own, and trains with whichever version of
-OpenCLIP is installed. CLIP trains with `CyCLIPLoss`, SigLIP with `CySigLIPLoss`, and other models
-with their own loss plus the penalties. `--loss` names any other loss. OpenCLIP's versions create
-their loss in different places. A rank stops after its first optimizer step if our loss was not
-called: it would train without the penalties.
+OpenCLIP is installed. Without a flag of its own it trains with OpenCLIP's loss: CLIP's and SigLIP's
+are computed in less memory by `ClipLoss` and `SigLipLoss`, and other models keep their own.
+`--penalties` or a lambda adds the cyclic penalties, and `--loss` names any other loss. OpenCLIP's
+versions create their loss in different places. A rank stops after its first optimizer step if the
+loss was not called.
 
-A new flag is added in `parse` or, for the penalties, in `penalty_options`, and used in `_Swap`. If
-a resumed pretraining may have another value, `reference_train/pretrain/resume.py` lists it.
+A new flag is added in `parse`, and used in `_Swap`. If it sets the penalties, it belongs to
+`PENALTIES`, too. If a resumed pretraining may have another value,
+`reference_train/pretrain/resume.py` lists it.
 """
 
 import argparse
@@ -29,23 +31,44 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
-from cyclip_loss.loss import CyCLIPLoss, UnsuitableLoss, WithCyclicPenalty
-from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, SIGLIP_DIST_IMPLS, PenaltyOptions
-from cyclip_loss.siglip import CySigLIPLoss
-from cyclip_loss.usage_warnings import ADVISED_BATCH_SIZE, LARGEST_CONSTANT, PAPER_LAMBDA
+from cyclip_loss.loss import ClipLoss, CyCLIPLoss, UnsuitableLoss, WithCyclicPenalty
+from cyclip_loss.options import (
+    DIST_IMPLS,
+    IMPLS,
+    PRESETS,
+    SAME_IDS,
+    SIGLIP_DIST_IMPLS,
+    PenaltyOptions,
+    as_keywords,
+)
+from cyclip_loss.siglip import CySigLIPLoss, SigLipLoss
+from cyclip_loss.usage_warnings import LARGEST_CONSTANT
 
 Function = Callable[..., Any]
 # What the trainer's main module calls: its own functions, replaced by methods of `_Swap`, and the
 # learning rate schedules, replaced by `_Swap.schedule`.
 REPLACED = (
     "parse_args",
+    "setup_logging",
     "create_model_and_transforms",
+    "get_tokenizer",
     "create_loss",
     "create_task",
     "cosine_lr",
     "const_lr",
     "const_lr_cooldown",
 )
+# What the flags of penalties set, and its values in the paper's formula.
+LAMBDAS = ("lambda_inmodal", "lambda_crossmodal")
+PENALTIES = {
+    name: getattr(CyCLIPLoss, name)
+    for name in (*LAMBDAS, "reference_batch_size", "centered", "lambda_progress")
+} | {"lambda_warmup": 0}
+# OpenCLIP's losses -> what takes their place without penalties, and with them.
+OURS: dict[str, tuple[Any, Any]] = {
+    "ClipLoss": (ClipLoss, CyCLIPLoss),
+    "SigLipLoss": (SigLipLoss, CySigLIPLoss),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,43 +119,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="JSON",
         help="keyword arguments of --loss, such as '{\"margin\": 0.1}'",
     )
-    for penalty in ("inmodal", "crossmodal"):
-        add(
-            f"--lambda-{penalty}",
-            type=float,
-            default=argparse.SUPPRESS,  # `_Swap.parse_args` sets it: OpenCLIP parses --siglip
-            metavar="X",
-            help=f"weight of the {penalty} penalty "
-            f"(default: {PAPER_LAMBDA}; with --siglip or --loss: 0)",
-        )
-    add(
-        "--lambda-warmup",
-        type=steps_or_share,
-        default=0,
-        metavar="STEPS",
-        help="raise both weights from 0 over this many steps (0.5: over half of all steps), "
-        "instead of --lambda-progress",
-    )
-    add(
-        "--lambda-progress",
-        action=argparse.BooleanOptionalAction,
-        default="unless --lambda-warmup",  # for --help; a bool takes its place below
-        help="multiply the penalties by the progress of CLIP's loss (not of other losses)",
-    )
-    add(
-        "--reference-batch-size",
-        type=int,
-        default=ADVISED_BATCH_SIZE,
-        metavar="N",
-        help="multiply the penalties by this / global batch size; 128: as strong as the paper's; "
-        "0: the paper's formula",
-    )
-    add(
-        "--centered",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compute the penalties on features less each tower's mean over the global batch",
-    )
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add(
         "--dist-impl",
@@ -153,29 +139,88 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE.json",
         help="a model configuration of OpenCLIP's, FILE.json, for --model FILE",
     )
+    paper = {"paper": PENALTIES}
+    # Unset flags are missing, so that a preset can have another value.
+    penalties = parser.add_argument_group("penalties", argument_default=argparse.SUPPRESS)
+    add = penalties.add_argument
+    add(
+        "--penalties",
+        choices=PRESETS,
+        help="sets the flags below, which then change single values; default: none. "
+        + "; ".join(f"{name}: {as_keywords(x)}" for name, x in (PRESETS | paper).items())
+        + ". If a lambda is given without --penalties, the other one is 0. Values that are not "
+        "named are the paper's",
+    )
+    for penalty in ("inmodal", "crossmodal"):
+        add(
+            f"--lambda-{penalty}",
+            type=float,
+            metavar="X",
+            help=f"weight of the {penalty} penalty",
+        )
+    add(
+        "--lambda-warmup",
+        type=steps_or_share,
+        metavar="STEPS",
+        help="raise both weights from 0 over this many steps (0.5: over half of all steps), "
+        "instead of --lambda-progress",
+    )
+    add(
+        "--lambda-progress",
+        action=argparse.BooleanOptionalAction,
+        help="multiply the penalties by the progress of CLIP's loss (not of other losses), instead "
+        "of --lambda-warmup",
+    )
+    add(
+        "--reference-batch-size",
+        type=int,
+        metavar="N",
+        help="multiply the penalties by this / global batch size; 128: as strong as the paper's; "
+        "0: the paper's formula",
+    )
+    add(
+        "--centered",
+        action=argparse.BooleanOptionalAction,
+        help="compute the penalties on features less each tower's mean over the global batch",
+    )
     ours, theirs = parser.parse_known_args(argv)
-    if ours.lambda_progress is True and (ours.lambda_warmup or ours.loss or "--siglip" in theirs):
-        parser.error("--lambda-progress excludes --lambda-warmup, --loss and --siglip")
-    ours.lambda_progress = ours.lambda_progress and not ours.lambda_warmup
     if {"-h", "--help"} & set(theirs):
         parser.print_help()
         print("\nopen_clip_train's flags:\n", flush=True)
     try:
-        PenaltyOptions(**penalty_options(ours))
+        set_penalties(ours)
     except ValueError as error:
         parser.error(str(error))
     return ours, theirs
 
 
-def penalty_options(ours: argparse.Namespace, weight: float = PAPER_LAMBDA) -> dict[str, Any]:
-    """The options of the penalties, from the launcher's flags. weight: of those not given."""
-    return {
-        "lambda_inmodal": getattr(ours, "lambda_inmodal", weight),
-        "lambda_crossmodal": getattr(ours, "lambda_crossmodal", weight),
-        "reference_batch_size": ours.reference_batch_size or None,
-        "centered": ours.centered,
-        "impl": ours.impl,
-    }
+def set_penalties(ours: argparse.Namespace) -> None:
+    """Set all of `PENALTIES`: the paper's values, changed by the preset, changed by the flags.
+
+    Raises ValueError if a value is bad, or if flags exclude each other or need another one.
+    """
+    given = {name: value for name, value in vars(ours).items() if name in PENALTIES}
+    preset = getattr(ours, "penalties", None)
+    flags = [f"--{name.replace('_', '-')}" for name in given]
+    if flags and preset == "none":
+        raise ValueError(f"--penalties none excludes {flags[0]}")
+    if flags and not preset and not given.keys() & {*LAMBDAS}:
+        raise ValueError(f"{flags[0]} needs --penalties, --lambda-inmodal or --lambda-crossmodal")
+    values = PENALTIES | PRESETS[preset or "none"] | given
+    if given.get("lambda_warmup") or given.get("lambda_progress"):
+        # It takes the place of the preset's.
+        values |= {"lambda_warmup": 0, "lambda_progress": False} | given
+    if values["lambda_warmup"] and values["lambda_progress"]:
+        raise ValueError("--lambda-progress excludes --lambda-warmup")
+    values["reference_batch_size"] = values["reference_batch_size"] or None
+    vars(ours).update(values, penalties=preset or ("custom" if given else "none"))
+    PenaltyOptions(**penalty_options(ours))
+
+
+def penalty_options(ours: argparse.Namespace) -> dict[str, Any]:
+    """The options of all losses with penalties, from the launcher's flags."""
+    names = (*LAMBDAS, "reference_batch_size", "centered", "impl")
+    return {name: getattr(ours, name) for name in names}
 
 
 def steps_or_share(text: str) -> int | float:
@@ -241,31 +286,40 @@ class _Swap:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.penalty_options: dict[str, Any] = {}
+        self.penalty_options = penalty_options(options)
+        self.has_penalties = any(self.penalty_options[name] for name in LAMBDAS)
         self.args: Any = None  # OpenCLIP's, which adds the number of ranks
         self.loss: Any = None
         self.texts: Any = None  # the captions that the model saw last
+        self.pad_id = 0  # with which they are padded
         self.called = False
 
     def parse_args(self, parse: Function, *args: Any) -> Any:
         """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
         parsed = parse(*args)
-        captions, warmup = self.options.same_captions, self.options.lambda_warmup
+        captions, preset = self.options.same_captions, self.options.penalties
         problems = {
             "--horovod is not supported: use torchrun": getattr(parsed, "horovod", False),
             "--same-captions excludes --accum-freq above 1 and --torchscript": captions
             and (parsed.accum_freq > 1 or getattr(parsed, "torchscript", False)),
-            "--lambda-warmup excludes --skip-scheduler": warmup and parsed.skip_scheduler,
+            "--skip-scheduler excludes a warm-up of the lambdas": self.options.lambda_warmup
+            and parsed.skip_scheduler,
+            f"--penalties {preset} is of CLIP's loss: with --siglip, give lambdas": parsed.siglip
+            and preset in PRESETS
+            and self.has_penalties,
             "--loss-arguments needs --loss": self.options.loss_arguments and not self.options.loss,
         }
         for problem, found in problems.items():
             if found:
                 raise SystemExit(f"cyclip_loss: {problem}")
-        weight = 0.0 if parsed.siglip or self.options.loss else PAPER_LAMBDA
-        self.penalty_options = penalty_options(self.options, weight)
-        merged = vars(parsed) | self.penalty_options | vars(self.options)
-        self.args = argparse.Namespace(**merged)
+        self.args = argparse.Namespace(**vars(parsed) | vars(self.options))
         return self.args
+
+    def setup_logging(self, setup: Function, *args: Any, **kwargs: Any) -> None:
+        """OpenCLIP's log, whose first line says what the penalties are."""
+        setup(*args, **kwargs)
+        values = as_keywords({name: getattr(self.options, name) for name in PENALTIES})
+        logging.info("Penalties: %s (%s)", self.options.penalties, values)
 
     def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:
         """OpenCLIP's model, with a hook that keeps the captions for the loss."""
@@ -283,6 +337,15 @@ class _Swap:
             made[0].register_forward_pre_hook(keep, with_kwargs=True)
         return made
 
+    def get_tokenizer(self, make: Function, *args: Any, **kwargs: Any) -> Any:
+        """OpenCLIP's tokenizer. OpenCLIP 4 pads texts of variable length with its `pad_token_id`.
+
+        Without one, texts have a fixed length.
+        """
+        tokenizer = make(*args, **kwargs)
+        self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        return tokenizer
+
     def create_task(self, make: Function, *args: Any, **kwargs: Any) -> Any:
         """OpenCLIP 4.x's task with its loss replaced. (Other versions create the loss directly.)"""
         task = make(*args, **kwargs)
@@ -297,11 +360,18 @@ class _Swap:
             theirs = ChosenLoss(self.options.loss, self.options.loss_arguments)
             theirs.to(self.args.device)
         # The exact type, as CoCa's and distillation's losses are subclasses.
-        ours: Any = {"ClipLoss": CyCLIPLoss, "SigLipLoss": CySigLIPLoss}.get(type(theirs).__name__)
-        if ours:
-            self.loss = ours(**self.penalty_options, dist_impl=self.options.dist_impl)
-            if ours is CyCLIPLoss:
-                self.loss.lambda_progress = self.options.lambda_progress
+        name = type(theirs).__name__
+        if self.options.lambda_progress and name != "ClipLoss":
+            raise SystemExit(
+                "cyclip_loss: --lambda-progress, which --penalties recommended has, needs CLIP's "
+                "loss: take --no-lambda-progress or a warm-up"
+            )
+        if name in OURS:
+            options = self.penalty_options if self.has_penalties else {"impl": self.options.impl}
+            ours = OURS[name][self.has_penalties]
+            self.loss = ours(**options, dist_impl=self.options.dist_impl)
+            if self.options.lambda_progress:
+                self.loss.lambda_progress = True
             if self.options.same_captions:
                 self.loss.same_ids = self.options.same_captions
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
@@ -309,19 +379,21 @@ class _Swap:
             raise SystemExit(
                 "cyclip_loss: --same-captions and --dist-impl need CLIP's or SigLIP's loss"
             )
-        else:
+        elif self.has_penalties or self.options.loss:  # whose result WithCyclicPenalty checks
             self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
+        else:
+            self.loss = theirs
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
         logging.info("Loss: %s", self.loss)
         # The pairs of one call.
         total = self.args.batch_size * self.args.accum_freq * self.args.world_size
-        grows = self.options.lambda_warmup or getattr(self.loss, "lambda_progress", False)
-        is_constant = self.loss.has_penalties() and not grows
-        if total > LARGEST_CONSTANT and is_constant and ours is not CySigLIPLoss:
+        grows = self.options.lambda_warmup or self.options.lambda_progress
+        is_constant = self.has_penalties and not grows
+        if total > LARGEST_CONSTANT and is_constant and name != "SigLipLoss":
             logging.warning(
                 "The lambdas are constant in batches of %s pairs. Above %s, that lowered the "
                 "accuracy in our experiments: take --lambda-progress or, with other losses than "
-                "CLIP's, --lambda-warmup 512 (docs/choosing.md)",
+                "CLIP's, --lambda-warmup 0.2 (docs/choosing.md)",
                 f"{total:,}",
                 f"{LARGEST_CONSTANT:,}",
             )
@@ -329,23 +401,24 @@ class _Swap:
 
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """The loss's arguments, plus the ids of the batch that the model saw last."""
-        return args, {**kwargs, "ids": caption_ids(self.texts)}
+        return args, {**kwargs, "ids": caption_ids(self.texts, self.pad_id)}
 
-    def schedule(self, make: Function, *args: Any) -> Callable[[int], Any]:
-        """OpenCLIP's schedule (optimizer, rate, warm-up, steps, ...), which also sets the lambdas.
+    def schedule(self, make: Function, *args: Any, **kwargs: Any) -> Callable[[int], Any]:
+        """OpenCLIP's schedule, which also sets the lambdas.
 
         OpenCLIP calls it before each step with the step's number, which a resumed run continues.
         """
-        set_rate, length = make(*args), self.options.lambda_warmup
-        length *= args[3] if isinstance(length, float) else 1
+        set_rate, length = make(*args, **kwargs), self.options.lambda_warmup
+        if isinstance(length, float):
+            length *= inspect.signature(make).bind(*args, **kwargs).arguments["steps"]
 
         def set_rate_and_lambdas(step: int) -> Any:
-            for name in ("lambda_inmodal", "lambda_crossmodal"):
-                share = min(1.0, (step + 1) / length)
+            share = min(1.0, (step + 1) / length)
+            for name in LAMBDAS if self.loss else ():  # without a loss, `check` stops the run
                 setattr(self.loss, name, share * self.penalty_options[name])
             return set_rate(step)
 
-        return set_rate_and_lambdas if length else set_rate
+        return set_rate_and_lambdas if length and self.has_penalties else set_rate
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, *_: Any) -> None:
@@ -353,7 +426,7 @@ class _Swap:
         if not self.called:
             raise SystemExit(
                 "cyclip_loss: stopped after an optimizer step: this version of OpenCLIP did not "
-                "call the CyCLIP loss"
+                "call this loss"
             )
 
 

@@ -9,7 +9,7 @@ An option that decides which collectives run belongs in the signature of `inputs
 then ranks compare again when it changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from math import inf
 from numbers import Integral, Real
@@ -23,8 +23,22 @@ DIST_IMPLS = ("gather", "ring")
 # The names that `open_clip.SigLipLoss` has for its exchanges, and what they are here.
 SIGLIP_DIST_IMPLS = {"bidir": "ring", "shift": "ring", "reduce": "gather"}
 SAME_IDS = ("ignored", "positives")
+# What the launcher's `--penalties` sets: the options of `CyCLIPLoss` that differ from its defaults.
+# `lambda_warmup` is the launcher's own: the lambdas grow from 0 over so many steps or, if it is a
+# float, over this fraction of all steps. docs/choosing.md says what the experiments show.
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {"lambda_inmodal": 0.0, "lambda_crossmodal": 0.0},
+    "recommended": {"reference_batch_size": 32, "lambda_progress": True, "centered": True},
+    "strong": {"reference_batch_size": 128, "lambda_warmup": 0.2, "centered": True},
+    "paper": {},
+}
 # Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
+
+
+def as_keywords(values: Mapping[str, Any]) -> str:
+    """The values as keyword arguments: "centered=True, ..."."""
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def number(name: str, value: Any, kind: str = "a number") -> float:
@@ -208,12 +222,13 @@ class Module(PenaltyOptions, nn.Module):
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""
-        shown = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if f.name.startswith("lambda_") or getattr(self, f.name) != f.default
-        ]
-        return ", ".join(shown)
+        return as_keywords(
+            {
+                f.name: getattr(self, f.name)
+                for f in fields(self)
+                if f.name.startswith("lambda_") or getattr(self, f.name) != f.default
+            }
+        )
 
 
 @dataclass(eq=False, repr=False)

@@ -42,10 +42,11 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         with_cross = options.needs_cross(output_dict)
     if traced:
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
-        # is one graph. On a GPU the operators choose the engine when they run; on a CPU "auto" is
-        # eager, whose exponentials are shared.
+        # is one graph. On a CPU "auto" is eager, whose exponentials are shared. Else the operators
+        # choose the engine when they run, and raise the errors of an eager call.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        is_eager = is_compiled and features.is_cpu and engine in ("auto", "eager")
+        asked = engines.IMPL_OF_AUTO if engine == "auto" else engine
+        is_eager = is_compiled and features.is_cpu and asked in ("auto", "eager")
         engine = "eager" if is_eager else engine
     else:
         is_eager = engine == "eager"

@@ -21,11 +21,12 @@ from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.engines import eager
 from cyclip_loss.inputs import prepare, warn_of_mistakes
 from cyclip_loss.logits import Gradients, Logits, empty_grad_like
-from cyclip_loss.numerics import without_autocast
+from cyclip_loss.numerics import tensors_of, without_autocast
 from cyclip_loss.options import ContrastiveModule, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
+from cyclip_loss.ranks.groups import uncompiled_if_uneven
 from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
 from cyclip_loss.terms.operators import Operator, first_derivatives
 
@@ -74,6 +75,7 @@ class CySigLIPLoss(ContrastiveModule):
     dist_impl: str = option("gather", options.siglip_dist_impl)
     chunk_size: int = option(0, options.integer, same_on_all_ranks=False)
 
+    @uncompiled_if_uneven
     def forward(
         self,
         image_features: Tensor,
@@ -115,9 +117,9 @@ class CySigLIPLoss(ContrastiveModule):
         )
         plan = make_plan(batch, self, output_dict)
         started = contrastive.start(batch, plan)
-        grams = cyclic.start(batch, plan)
-        terms = {"contrastive_loss": elementwise_loss(self.elementwise, batch, plan, started)}
-        terms |= cyclic.terms(grams, plan, self)
+        penalties = cyclic.start(batch, plan)
+        loss = elementwise_loss(self.elementwise, batch, plan, started, penalties.grams)
+        terms = {"contrastive_loss": loss, **cyclic.terms(penalties, plan, self)}
         warn_of_mistakes(self, batch)
         return terms if output_dict else sum_of_terms(terms.values())
 
@@ -154,13 +156,18 @@ class SigLipLoss(CySigLIPLoss):
 
 
 def elementwise_loss(
-    function: str, batch: Batch, plan: Plan, started: list[contrastive.Gathered]
+    function: str,
+    batch: Batch,
+    plan: Plan,
+    started: list[contrastive.PendingGather],
+    grams: Tensor | None,
 ) -> Tensor:
     """The loss without penalties, a scalar of the accumulation dtype.
 
-    function: a name in `eager.ELEMENTWISE`.
+    function: a name in `eager.ELEMENTWISE`; started, grams: as in `contrastive.log_sum_exps`.
     """
     bias: Any = batch.logit_bias
+    after = tensors_of((started, grams))
     losses: list[Tensor] = []
     for (_, logits, ranks), gathered in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
@@ -169,9 +176,12 @@ def elementwise_loss(
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
-        inputs = (*logits, *gathered, ranks, plan)
-        loss = _Elementwise.apply(bias, needs, function, *inputs)  # type: ignore[no-untyped-call]
+        inputs = contrastive.distinct([*logits, *gathered, ranks, *after])
+        loss = _Elementwise.apply(  # type: ignore[no-untyped-call]
+            bias, needs, function, plan, *inputs
+        )
         losses.append(loss)
+        after = [loss.detach()]
     return sum_of_terms(losses) / batch.total_pairs()
 
 
@@ -198,24 +208,26 @@ class _Elementwise(torch.autograd.Function):
     """The sum over all elements of the global batch: a scalar of the accumulation dtype.
 
     The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
-    needed, the name of the function, and those of `contrastive.with_gathered_columns`.
+    needed, the name of the function, the plan, those of `contrastive.with_gathered_columns`, and
+    what was sent before.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logit_bias: Tensor, needs: list[bool], function: str, *inputs: Any
+        ctx: Any, logit_bias: Tensor, needs: list[bool], function: str, plan: Plan, *inputs: Any
     ) -> Tensor:
-        logits = contrastive.with_gathered_columns(ctx, *inputs)
+        comparison = inputs[: contrastive.INPUTS_PER_COMPARISON]
         total: Tensor
         total, *grads = elementwise_step(
-            logits,
+            contrastive.with_gathered_columns(*comparison),
             function,
             logit_bias,
             needs,
-            ctx.own_columns,
-            ctx.plan.engine,
-            ctx.plan.strategy,
-            ctx.ranks,
+            comparison[1].shape[0],
+            plan.engine,
+            plan.strategy,
+            comparison[-1],
+            list(inputs[contrastive.INPUTS_PER_COMPARISON :]),
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
@@ -225,7 +237,7 @@ class _Elementwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         *grads, bias = first_derivatives(_times)(grad, saved[:4], saved[4:])
-        return (bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 6))
+        return (bias, None, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 7))
 
 
 def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
@@ -241,12 +253,13 @@ def _step(
     engine: str,
     strategy: str,
     ranks: Ranks,
+    after: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum, and gradients of this rank's rows, its own columns, the scale and the bias.
 
     The gradients are in the accumulation dtype. Across W ranks they are W times those of the global
     sum, as DDP averages. The first three are empty where not needed; the bias's is not computed if
-    nothing is.
+    nothing is. after: as in `contrastive.logsumexp_forward`.
     """
     elementwise_terms = engines.load(engine, logits.row_features).elementwise_terms
     sums = logits.logit_scale.expand(2) * 0.0  # NaN if it is infinite: logits may have no loss

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cyclip_loss.options import PRESETS, as_keywords
+
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
-# With `lambda_progress`, at most 1.0 points behind CLIP in our experiments (docs/lambda.md).
-ADVISED_BATCH_SIZE = 32
 # Penalties more than this many times as strong as the paper's cause a warning. In our experiment
 # with 250,000 icons, penalties four times as strong lower the accuracy.
 STRONG = 2
@@ -45,7 +45,7 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     libraries = ("cyclip_loss", "torch")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
         level, frame = level + 1, frame.f_back
-    text = f"{text} (more: docs/troubleshooting.md)"
+    text = f"{text} (more: docs/questions.md)"
     warnings.warn(text, CyCLIPWarning, stacklevel=level)
 
 
@@ -57,12 +57,12 @@ def warn_of_penalties(options: Any, num_pairs: int) -> None:
     largest = max(options.lambda_inmodal, options.lambda_crossmodal)
     times = largest * num_pairs / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
     if options.reference_batch_size is None and times > STRONG:
+        advised = as_keywords(PRESETS["recommended"])
         warn_once(
             "strong penalties",
             f"lambda = {largest:g} in a batch of {num_pairs} is {times:.3g} times as strong as the "
             f"paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the "
-            f"batch. We advise reference_batch_size={ADVISED_BATCH_SIZE}, lambda_progress=True, "
-            "centered=True. If you want the paper's formula: "
+            f"batch. We advise {advised}. If you want the paper's formula: "
             "warnings.filterwarnings('ignore', category=cyclip_loss.CyCLIPWarning)",
         )
 

@@ -8,6 +8,7 @@ from .command_line import UsageError, run
 COMMANDS = {
     "pretrain": ".pretrain.pretrain",
     "evaluate": ".evaluate.evaluate",
+    "locked": ".locked",
     "report": ".evaluate.report",
 }
 

@@ -1,9 +1,9 @@
 #!/bin/sh
 # What do the penalties do in fine-tuning? Trains the demonstration's model on emoji with CLIP's
 # loss, and fine-tunes it on emoji of another style with four losses, three seeds each. Then it
-# fine-tunes the first model of icons.sh on emoji in the same way, and makes the records of
-# results/fine_tuning. Takes an hour on one quiet CPU core. The same command again resumes where it
-# stopped.
+# fine-tunes the first model of icons.sh on emoji in the same way, and writes runs.csv and
+# icons.csv into $OUT, the records of results/fine_tuning. Takes an hour on one quiet CPU core. The
+# same command again resumes where it stopped.
 # Run from the repository: sh reference_train/fine_tuning.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
@@ -20,17 +20,18 @@ python -m reference_train --loss clip --seeds 3 --out "$out/short"
 fine_tune() { # NAME CONFIG CHECKPOINT SHARDS [FLAGS], with $seed
     name=$1 config=$2 checkpoint=$3 shards=$4
     shift 4
-    for setting in "clip --lambda-inmodal 0 --lambda-crossmodal 0" \
-        "32-cyclip --reference-batch-size 32 --lambda-warmup 0.1" \
-        "128-cyclip --reference-batch-size 128 --lambda-warmup 0.1" \
-        "128-c-cyclip --lambda-inmodal 0 --reference-batch-size 128 --lambda-warmup 0.1"; do
+    paper="--penalties paper --lambda-warmup 0.1"
+    for setting in "clip --penalties none" \
+        "32-cyclip $paper --reference-batch-size 32" \
+        "128-cyclip $paper --reference-batch-size 128" \
+        "128-c-cyclip $paper --reference-batch-size 128 --lambda-inmodal 0"; do
         # $setting has a name and flags, which are separate words.
         python -m cyclip_loss.open_clip_train --model-config "$config" \
             --model "$(basename "$config" .json)" --pretrained "$checkpoint" \
             --dataset-type webdataset --train-data "$shards" --batch-size 128 --epochs 10 \
             --precision fp32 --workers 1 --seed $seed --logs "$out/logs" \
             --name "$name-${setting%% *}-$seed" --save-frequency 0 --save-most-recent \
-            --no-lambda-progress --no-centered --resume latest ${setting#* } "$@"
+            --resume latest ${setting#* } "$@"
     done
 }
 
@@ -67,8 +68,7 @@ record() { # FILE RUNS DATASETS [FLAGS]: evaluates, and writes a row for each ru
     file=$1
     shift
     python -m reference_train evaluate --workers 0 --out "$out/$file" "$@"
-    python -m reference_train report "$out/$file" \
-        --csv "reference_train/results/fine_tuning/$file.csv"
+    python -m reference_train report "$out/$file" --csv "$out/$file.csv"
 }
 record runs "$out"/short/clip-? "$out"/logs/tuned-* \
     --only "trained concepts, new styles" "new concepts, trained styles"

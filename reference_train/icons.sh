@@ -49,31 +49,43 @@ python -m reference_train evaluate $runs --data "$out/icons" --only icons emoji 
     --out "$out/evaluation-settings"
 
 # Constant λ. NAME is LOSS-SEED.
-constant="--reference-batch-size 128 --no-lambda-progress --no-centered"
+constant() { # LOSS
+    case $1 in
+    clip | siglip) ;; # no penalties
+    cysiglip) echo "--reference-batch-size 128" ;;
+    *) echo "--penalties paper --reference-batch-size 128" ;;
+    esac
+}
 for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 c-cyclip-1 c-cyclip-2 \
     i-cyclip-0; do
-    pretrain $run --loss "${run%-*}" $constant --seed "${run##*-}" -- ${EPOCHS:+--epochs "$EPOCHS"}
+    loss=${run%-*}
+    pretrain $run --loss $loss $(constant $loss) --seed "${run##*-}" -- ${EPOCHS:+--epochs "$EPOCHS"}
 done
 
 # NAME is lambda-LOSS-BATCH-REFERENCE. Reference 0 is the paper's formula; in batches of 128, so is
 # 128.
 for batch in 128 512 2048 4096; do
-    for run in clip-$batch-0 cyclip-$batch-0 cyclip-$batch-128; do
-        [ $run = cyclip-128-128 ] ||
-            pretrain lambda-$run --loss "${run%%-*}" --batch-size $batch --no-lambda-progress \
-                --no-centered -- \
-                $(schedule $batch) --reference-batch-size "${run##*-}"
+    pretrain lambda-clip-$batch-0 --loss clip --batch-size $batch -- $(schedule $batch)
+    for reference in 0 128; do
+        [ $batch-$reference = 128-128 ] ||
+            pretrain lambda-cyclip-$batch-$reference --loss cyclip --batch-size $batch \
+                --penalties paper --reference-batch-size $reference -- $(schedule $batch)
     done
 done
 
 # SigLIP's loss, alone and with the weight that results/siglip found: 1/32, for batches of 128
 for run in siglip-0 cysiglip-0 siglip-1 cysiglip-1 siglip-2 cysiglip-2; do
-    pretrain $run --loss "${run%-*}" $constant --seed "${run##*-}" -- --epochs 8
+    loss=${run%-*}
+    pretrain $run --loss $loss $(constant $loss) --seed "${run##*-}" -- --epochs 8
 done
 
-python -m reference_train evaluate "$out"/logs/clip-? "$out"/logs/*cyclip-? --data "$out/icons" \
-    --only icons emoji --out "$out/evaluation"
-python -m reference_train evaluate "$out"/logs/lambda-* --data "$out/icons" --only icons emoji \
-    --out "$out/evaluation-lambda"
-python -m reference_train evaluate "$out"/logs/*siglip-? --data "$out/icons" --only icons emoji \
-    --out "$out/evaluation-siglip"
+# Not best.pt, which was chosen on the icons that are evaluated.
+last=checkpoints/epoch_latest.pt
+evaluate() { # OUT CHECKPOINTS
+    table=$1
+    shift
+    python -m reference_train evaluate "$@" --data "$out/icons" --only icons emoji --out "$table"
+}
+evaluate "$out/evaluation" "$out"/logs/clip-?/$last "$out"/logs/*cyclip-?/$last
+evaluate "$out/evaluation-lambda" "$out"/logs/lambda-*/$last
+evaluate "$out/evaluation-siglip" "$out"/logs/*siglip-?/$last

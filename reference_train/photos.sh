@@ -33,7 +33,8 @@ pretrain() { # DATA BATCH SETTING SEED FLAGS
 # epochs of 36,013 are 846 steps of 256, and in each 1,793 pairs come twice.
 for seed in ${SEEDS:-0 1 2 3 4}; do
     for setting in ${SETTINGS:-clip recommended warmup constant c-cyclip-warmup i-cyclip-warmup \
-        recommended-centered warmup-centered i-cyclip-warmup-centered}; do
+        recommended-centered warmup-centered i-cyclip-warmup-centered \
+        i-cyclip-recommended-centered}; do
         pretrain products 256 $setting "$seed" --train-num-samples 36013 --epochs 6 --lr 2e-3 \
             --warmup 85
     done
@@ -45,9 +46,11 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     done
 done
 [ -z "${SETTINGS:-}" ] || exit 0
-python -m reference_train evaluate "$out"/logs/products-256-* --data "$out/data" \
+# Not best.pt, which was chosen on pictures that are evaluated.
+last=checkpoints/epoch_latest.pt
+python -m reference_train evaluate "$out"/logs/products-256-*/$last --data "$out/data" \
     --only products-validation products products-new-types --out "$out/evaluation-products"
-python -m reference_train evaluate "$out"/logs/tiny-* --data "$out/data" \
+python -m reference_train evaluate "$out"/logs/tiny-*/$last --data "$out/data" \
     --only tiny-imagenet tiny-imagenet-new --linear-probe --out "$out/evaluation-tiny"
 
 # Batches of 1,024 take 144 steps, and those of 2,048 take 108. In these the warm-up of λ reaches 28
@@ -60,5 +63,6 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
             --warmup 11
     done
 done
-python -m reference_train evaluate "$out"/logs/products-1024-* "$out"/logs/products-2048-* \
-    --data "$out/data" --only products products-new-types --out "$out/evaluation-batches"
+python -m reference_train evaluate "$out"/logs/products-1024-*/$last \
+    "$out"/logs/products-2048-*/$last --data "$out/data" --only products products-new-types \
+    --out "$out/evaluation-batches"

@@ -54,6 +54,11 @@ def code_version() -> str | None:
     return f"{commit.strip()} {'dirty' if changes else 'clean'}"
 
 
+def add_to_list(earlier: str, now: str) -> str:
+    """A list with commas, and what it does not have yet."""
+    return ", ".join(dict.fromkeys([*filter(None, earlier.split(", ")), now]))
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Loads a checkpoint to the CPU. Raises `UsageError` if it holds more than plain data."""
     try:

@@ -1,9 +1,8 @@
 #!/bin/sh
 # Which penalty weight suits SigLIP's loss? Trains the demonstration's model with SigLIP's loss and
-# several weights, three seeds each, and makes the record of results/siglip, whose
-# README says which of these runs the committed record has. A run of 620 steps in batches of 256
-# takes 4 to 5 minutes on one quiet CPU core, so all 51 runs take 5 to 6 hours. The same command
-# again resumes where it stopped.
+# several weights, three seeds each, and writes $OUT/runs.csv, the record of results/siglip. A run
+# of 620 steps in batches of 256 takes 4 to 5 minutes on one quiet CPU core, so all 51 runs take 5 to
+# 6 hours. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/siglip.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
@@ -35,4 +34,4 @@ for weight in 0.015625 0.25; do
     runs "1500-$weight" --preset long --lambda $weight --loss cysiglip
 done
 
-python -m reference_train report "$out"/[0-9]*/ --csv reference_train/results/siglip/runs.csv
+python -m reference_train report "$out"/[0-9]*/ --csv "$out/runs.csv"

@@ -25,11 +25,12 @@ demonstration long --preset long --loss clip-views cyclip-views c-cyclip-views
 icons=${ICONS_OUT:-runs/icons}/icons # ICONS_OUT is the OUT of icons.sh, which draws them
 [ -d "$icons" ] || python -m reference_train.data.icons --out "$icons"
 pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
-    name=$1-$4 epochs=$2 loss=$3 seed=$4
+    name=$1-$4 epochs=$2 loss=$3 seed=$4 penalties="--penalties paper --reference-batch-size 128"
     shift 4
+    [ "$loss" != clip ] || penalties=
     python -m reference_train pretrain --preset icons --data "$icons" --out "$out/logs" \
-        --name "$name" --loss "$loss" --seed "$seed" --reference-batch-size 128 \
-        --no-lambda-progress --no-centered "$@" -- --torchcompile --epochs "$epochs"
+        --name "$name" --loss "$loss" --seed "$seed" $penalties "$@" -- --torchcompile \
+        --epochs "$epochs"
 }
 
 for seed in 0 1 2; do
@@ -44,5 +45,5 @@ for seed in 0 1 2; do
     pretrain 8-epochs-c-cyclip 8 c-cyclip $seed
     pretrain 8-epochs-rising-c-cyclip 8 c-cyclip $seed --lambda-warmup 512
 done
-python -m reference_train evaluate "$out"/logs/* --data "$icons" --only icons emoji \
-    --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/*/checkpoints/epoch_latest.pt \
+    --data "$icons" --only icons emoji --out "$out/evaluation"

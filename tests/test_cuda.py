@@ -11,6 +11,7 @@ from accuracy import check_loss, results
 from inputs import Case
 from support import setting
 
+from benchmarks.measure import allocated_peak
 from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
 pytestmark = pytest.mark.gpu
@@ -60,6 +61,14 @@ def test_large_batches_are_accurate(n, d, scale, device):
     for index, (found, right) in enumerate(zip(actual, exact, strict=True)):
         eps = torch.finfo(found.dtype).eps * (1 if found.ndim else case.logit_scale)
         assert (found.double() - right).abs().max() <= eps * right.abs().max(), index
+
+
+def test_a_step_has_no_matrix_of_all_logits(impl, device):
+    """Of 32,768 pairs it would have 2 GB in bfloat16. The inputs and the blocks have a fraction."""
+    case = Case(32768, 64, torch.bfloat16, logit_scale=20.0)
+    loss, leaves = make_loss(case, impl), case.leaves(device)
+    loss(*leaves).backward()  # compiles kernels and allocates gradients
+    assert allocated_peak(device, lambda: loss(*leaves).backward()) < case.n**2
 
 
 @DTYPES

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pages import run
-from processes import run_python
+from processes import ROOT, run_python
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
 import cyclip_loss
@@ -62,10 +62,48 @@ def test_the_distributed_pages_step_gives_all_gradients(given, tmp_path, monkeyp
         dist.destroy_process_group()
 
 
-def test_the_troubleshooting_pages_filter_silences_only_our_warnings():
+GATHERS_WITHOUT_GRADIENT = """
+    from torch.nn.functional import cross_entropy
+
+    def gathered(features):
+        parts = [torch.empty_like(features) for _ in range(world_size)]
+        if world_size > 1:
+            dist.all_gather(parts, features.detach())
+        return torch.cat(parts) if world_size > 1 else features
+
+    def loss(images, texts, scale):
+        target = torch.arange(len(images)) + rank * len(images)
+        ways = (images, gathered(texts)), (texts, gathered(images))
+        return sum(cross_entropy(scale * x @ y.T, target) for x, y in ways) / 2
+
+    return loss
+
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "features"),
+    [(None, "0.50"), (GATHERS_WITHOUT_GRADIENT, "0.50, other direction")],
+    ids=["as it is, OpenCLIP's without flags", "all_gather without a gradient"],
+)
+def test_the_script_says_what_is_wrong_with_a_loss_across_ranks(made, features, tmp_path):
+    pytest.importorskip("open_clip")
+    script = (ROOT / "docs/across_ranks.py").read_text()
+    if made:
+        head, mark, rest = script.partition('"""Put your loss here."""\n')
+        script = head + mark + made + "def step" + rest.partition("def step")[2]
+    (tmp_path / "check.py").write_text(script)
+    printed = run_python(str(tmp_path / "check.py"))
+    lines = [f"{name} features: {features}" for name in ("first", "second")]
+    expected = ["loss: 1.00", *lines, "scale: 1.00"]
+    assert printed.stdout.splitlines() == expected, printed.stderr
+
+
+def test_the_questions_pages_filter_silences_only_our_warnings():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run("docs/troubleshooting.md")
+        run("docs/questions.md")
         warnings.warn("silent", cyclip_loss.CyCLIPWarning, stacklevel=1)
         warnings.warn("heard", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["heard"]

@@ -27,10 +27,11 @@ OURS = "CyCLIPLoss"
 AUTHORS = "authors' formula"
 OUR_CLIP = "CyCLIPLoss(0, 0)"
 DENSE_CLIP = "dense CLIP loss"
-COMPILED_CLIP = "dense CLIP loss, torch.compile"
 OUR_SIGLIP = "CySigLIPLoss"
 DENSE_SIGLIP = "dense SigLIP loss"
+COMPILED = {loss: f"{loss}, torch.compile" for loss in (AUTHORS, DENSE_CLIP, DENSE_SIGLIP)}
 OPEN_CLIP = "open_clip.ClipLoss, no penalties"
+OPEN_SIGLIP = "open_clip.SigLipLoss"
 
 
 def _cyclip(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
@@ -202,11 +203,11 @@ COMPETITORS: tuple[Competitor, ...] = (
     Competitor("CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
     Competitor(f"{OURS}, torch.compile", lambda: torch.compile(CyCLIPLoss()), up_to=SHORT),
     Competitor(AUTHORS, lambda: authors_formula),
-    Competitor(f"{AUTHORS}, torch.compile", lambda: torch.compile(authors_formula)),
+    Competitor(COMPILED[AUTHORS], lambda: torch.compile(authors_formula)),
     Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),
     Competitor(f"{OUR_CLIP}, torch.compile", lambda: torch.compile(CyCLIPLoss(0, 0)), CLIP),
     Competitor(DENSE_CLIP, lambda: dense_clip, CLIP),
-    Competitor(COMPILED_CLIP, lambda: torch.compile(dense_clip), CLIP),
+    Competitor(COMPILED[DENSE_CLIP], lambda: torch.compile(dense_clip), CLIP),
     Competitor(OPEN_CLIP, lambda: open_clip_loss("ClipLoss"), CLIP),
     Competitor("memeff, no penalties, fixed scale", memeff_loss, CLIP, cuda_only=True),
     Competitor("inf-cl, no penalties", inf_cl_loss, CLIP, cuda_only=True),
@@ -218,8 +219,8 @@ COMPETITORS: tuple[Competitor, ...] = (
         up_to=SHORT,
     ),
     Competitor(DENSE_SIGLIP, lambda: dense_siglip, SIGLIP),
-    Competitor(f"{DENSE_SIGLIP}, torch.compile", lambda: torch.compile(dense_siglip), SIGLIP),
-    Competitor("open_clip.SigLipLoss", lambda: with_bias(open_clip_loss("SigLipLoss")), SIGLIP),
+    Competitor(COMPILED[DENSE_SIGLIP], lambda: torch.compile(dense_siglip), SIGLIP),
+    Competitor(OPEN_SIGLIP, lambda: with_bias(open_clip_loss("SigLipLoss")), SIGLIP),
     Competitor("siglip-kernel", siglip_kernel_loss, SIGLIP, cuda_only=True),
     Competitor("CyclicPenalty", our_penalties, PENALTIES, up_to=SHORT),
     Competitor("dense penalties", lambda: dense_penalties, PENALTIES, up_to=SHORT),

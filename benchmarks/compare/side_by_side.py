@@ -37,7 +37,8 @@ def main(options: argparse.Namespace) -> int:
     if across_ranks:
         dist.destroy_process_group()
     elif rows := run.sections["cost"].rows:
-        from benchmarks.compare.report import draw  # matplotlib, which ranks need not import
+        from benchmarks.compare.report import figures  # matplotlib, which ranks need not import
 
-        draw(rows, device_name(device), page.with_name(f"{page.stem}-cost.png"))
+        for name, figure in figures(rows, device_name(device)).items():
+            figure.savefig(page.with_name(f"{page.stem}-{name}.png"))
     return 1 if run.failures else 0

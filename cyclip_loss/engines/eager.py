@@ -14,11 +14,9 @@ the file of the function's name in `kernels/`. A new constexpr needs a step that
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import numerics
@@ -271,10 +269,7 @@ def same_ids_but_pairs(logits: Logits, start: int, stop: int) -> Tensor | None:
 
 # Elementwise losses by name: f(x), and f'(x), which takes `out`. Both must be 0 at -inf, and f' at
 # most 2, so that 2^14 f' fits float16 (`float16_shift`).
-# Above 40, log(1 + exp(x)) rounds to x in float64.
-ELEMENTWISE: dict[str, tuple[Any, Any]] = {
-    "sigmoid": (partial(F.softplus, threshold=40.0), torch.sigmoid)
-}
+ELEMENTWISE: dict[str, tuple[Any, Any]] = {"sigmoid": (numerics.softplus, torch.sigmoid)}
 
 
 def elementwise_terms(

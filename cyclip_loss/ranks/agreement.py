@@ -41,18 +41,12 @@ def check_ranks_agree(
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
             without comparison, on a rank without pairs.
     """
-    compare: Any = _compare
-    if is_traced(features):
-        if not options.uneven:
-            return _unchanged(ranks, num_rows)
-        # Not in eager mode: this imports PyTorch's compiler, and with it functions whose default
-        # arguments keep the default process group alive after its destruction. Gloo's threads
-        # would run on, and may abort a process that ends soon.
-        compare = torch.compiler.disable(_compare)  # type: ignore[no-untyped-call]
-    return compare(ranks, features, num_rows, signature, options)  # type: ignore[no-any-return]
+    if is_traced(features):  # without `uneven`: `uncompiled_if_uneven`
+        return _equal_rows(ranks, num_rows)
+    return _compare(ranks, features, num_rows, signature, options)
 
 
-def _unchanged(ranks: Ranks, num_rows: dict[str, int]) -> dict[str, Ranks]:
+def _equal_rows(ranks: Ranks, num_rows: dict[str, int]) -> dict[str, Ranks]:
     """Without a comparison: all ranks hold as many rows as this one."""
     (pairs_name, num_pairs), *_ = num_rows.items()
     if num_pairs == 0:
@@ -84,7 +78,7 @@ def _compare(
     if key not in agreed:
         own |= values
     elif not options.uneven:
-        return _unchanged(ranks, num_rows)
+        return _equal_rows(ranks, num_rows)
 
     # 7 bytes fit a positive int64.
     digest = blake2b(repr(own).encode(), digest_size=7).digest()
@@ -109,7 +103,7 @@ def _compare(
     same = "must be the same on every rank, got"
     differing = [f"{name} {same} {_listed(x)}" for name, x in by_rank.items() if len(set(x)) > 1]
     if differing:
-        raise ValueError("; ".join(differing) + " (more: docs/troubleshooting.md)")
+        raise ValueError("; ".join(differing) + " (more: docs/questions.md)")
     if sum(counts[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)

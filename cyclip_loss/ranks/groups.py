@@ -1,12 +1,17 @@
 """Which ranks share a batch."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from cyclip_loss.batch import Ranks
 from cyclip_loss.options import NOT_STORED
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 def ranks_of(process_group: Any, distributed: bool = True) -> Ranks:
@@ -33,3 +38,27 @@ def ranks_of(process_group: Any, distributed: bool = True) -> Ranks:
     if size == 1:
         return Ranks()
     return Ranks(process_group.group_name, dist.get_rank(process_group), size)
+
+
+def uncompiled_if_uneven(call: _Call) -> _Call:
+    """Let a call with `uneven` across ranks run between compiled graphs, as if it was not compiled.
+
+    The host waits for the numbers of rows anyway. In a graph, Inductor makes constants of what is
+    computed from no rows, and loses on this rank alone the order that `after` gives to collectives
+    (`terms/contrastive.py`).
+
+    call: its first argument has the options.
+    """
+
+    @wraps(call)
+    def run(options: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen: Any = call
+        # `disable` only while compiling. It imports PyTorch's compiler, and with it functions whose
+        # default arguments keep the default process group alive after its destruction. Gloo's
+        # threads would run on, and may abort a process that ends soon.
+        compiling = options.uneven and torch.compiler.is_compiling()
+        if compiling and ranks_of(options.process_group, options.distributed).size > 1:
+            chosen = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        return chosen(options, *args, **kwargs)
+
+    return run  # type: ignore[return-value]

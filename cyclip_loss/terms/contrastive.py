@@ -24,16 +24,17 @@ flops in all, unless the eager engine keeps their exponentials (6 N^2 D, as dens
 accumulation dtype.
 
 `torch.compile` does not see inside of the operators. If it traced a ring, it would keep every block
-for backward. If it traced a collective whose result a rank without rows does not use, that rank
-would leave it out, and the others would wait. Outside of operators are the gathers, the sum of the
-loss and, in backward, the reductions that choose `unit`: every rank passes their results on.
+for backward. It keeps PyTorch's own collectives in order, but moves operators by their sizes, which
+may differ between ranks. So an operator that communicates depends on all that was sent before it:
+its argument `after` has those tensors, and is not read. Outside of operators are the gathers and
+the all-reduce of the Gram matrices, which come before the operators, and the sum of the losses,
+which depends on all of them. In backward, only the operators communicate.
 """
 
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import engines
@@ -45,7 +46,7 @@ from cyclip_loss.logits import (
     SharedExponentials,
     empty_grad_like,
 )
-from cyclip_loss.numerics import is_traced
+from cyclip_loss.numerics import softplus, tensors_of
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
@@ -53,7 +54,7 @@ from cyclip_loss.terms.operators import Operator
 from cyclip_loss.terms.positives import Positives
 
 
-class Gathered(NamedTuple):
+class PendingGather(NamedTuple):
     """The all-gathers of a comparison, which run while other terms are computed; None: none run."""
 
     features: Tensor | None  # of the columns
@@ -73,9 +74,9 @@ class PairLse(NamedTuple):
     other_positives: Tensor | None = None
 
 
-def start(batch: Batch, plan: Plan) -> list[Gathered]:
+def start(batch: Batch, plan: Plan) -> list[PendingGather]:
     """Start to gather the columns of every comparison, and their ids."""
-    started: list[Gathered] = []
+    started: list[PendingGather] = []
     for _, logits, ranks in batch.comparisons:
         features = ids = None
         if STRATEGIES[plan.strategy].gathers_columns:
@@ -84,7 +85,7 @@ def start(batch: Batch, plan: Plan) -> list[Gathered]:
             ids = started[0].ids
         elif logits.column_ids is not None:
             ids = collectives.start_gather(logits.column_ids, ranks)
-        started.append(Gathered(features, ids))
+        started.append(PendingGather(features, ids))
     return started
 
 
@@ -92,14 +93,19 @@ def losses(batch: Batch, lse: list[PairLse]) -> list[Tensor]:
     """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
     losses = []
     for negatives_lse, pair_logits, other_positives in lse:
-        of_pairs = F.softplus(negatives_lse - pair_logits, threshold=40.0)
+        of_pairs = softplus(negatives_lse - pair_logits)
         if batch.ranks.size == 1:
             loss = of_pairs.mean()
         else:
             loss = of_pairs.sum() / (batch.total_pairs() * negatives_lse.shape[0])
         if other_positives is not None:
             loss = loss - other_positives / batch.total_pairs()
-        losses.append(collectives.sum_of_ranks(loss, batch.ranks))
+        losses.append(loss)
+    if len(losses) > 1 and batch.ranks.size > 1:  # one all-reduce, after the last operator
+        summed = collectives.sum_of_ranks(torch.stack(losses), batch.ranks)
+        losses = [summed[index] for index in range(len(losses))]
+    else:
+        losses[0] = collectives.sum_of_ranks(losses[0], batch.ranks)
     if batch.logit_bias is not None:
         losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
     return losses
@@ -127,114 +133,165 @@ def progress(clip: Tensor, batch: Batch) -> Tensor:
     return (1 - clip.detach() / chance).clamp(0, 1)
 
 
-def log_sum_exps(batch: Batch, plan: Plan, started: list[Gathered]) -> list[PairLse]:
-    """The log-sum-exps of each comparison with pairs; of the first, with extra negatives."""
+def log_sum_exps(
+    batch: Batch, plan: Plan, started: list[PendingGather], grams: Tensor | None = None
+) -> list[PairLse]:
+    """The log-sum-exps of each comparison with pairs; of the first, with extra negatives.
+
+    started, grams: what was sent before, by `start` and by `cyclic.start`.
+    """
+    comparisons = batch.comparisons
+    results: list[Any]
+    if plan.contrastive == "dense":
+        results = [dense.log_sum_exps(x.logits) for x in comparisons]
+    else:
+        inputs: list[Any] = []
+        for (_, logits, ranks), gather in zip(comparisons, started):  # noqa: B905 (PyTorch 2.8)
+            inputs += [*logits, *gather, ranks]
+        apply: Any = _LogSumExps.apply
+        flat = list(apply(plan, grams, *distinct(inputs)))
+        counts = [_num_results(x.logits.positives) for x in comparisons]
+        results = [[flat.pop(0) for _ in range(count)] for count in counts]
     lse: list[PairLse] = []
-    for (name, logits, ranks), gathered in zip(batch.comparisons, started):  # noqa: B905
-        if plan.contrastive == "dense":
-            results = dense.log_sum_exps(logits)
-        else:
-            inputs = (*logits, *gathered, ranks, plan)
-            results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
+    for (name, logits, _), result in zip(comparisons, results):  # noqa: B905
         if logits.partner_offset == 0:
-            lse.append(PairLse(*results))
+            lse.append(PairLse(*result))
         else:
             direction = int(name == "negative_image_features")
-            joined = _joined(lse[0].negatives_lse, results[0][0], direction)
+            joined = _joined(lse[0].negatives_lse, result[0][0], direction)
             # Not `_replace`, which PyTorch 2.8 cannot trace.
             lse[0] = PairLse(joined, lse[0].pair_logits, lse[0].other_positives)
     return lse
+
+
+def distinct(inputs: list[Any]) -> list[Any]:
+    """The same inputs, with a view in place of a tensor's repetition, which torch.compile refuses.
+
+    Also in eager mode: gradients are then summed in the same order.
+    """
+    found: list[Any] = []
+    for x in inputs:
+        is_repeated = isinstance(x, Tensor) and any(x is y for y in found)
+        found.append(x.view_as(x) if is_repeated else x)
+    return found
+
+
+def _num_results(positives: bool) -> int:
+    """How many fields of `PairLse` a comparison has."""
+    return 3 if positives else 2
 
 
 def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
     """The log-sum-exps, of which those of a direction also sum over extra negatives, (n,)."""
     lowest = torch.finfo(lse.dtype).min  # of two log-sum-exps of -inf, the gradient would be NaN
     parts = list(lse.clamp(min=lowest).unbind())
-    parts[direction] = torch.logaddexp(parts[direction], extra_lse.clamp(min=lowest))
+    # Not `logaddexp`, whose second derivative is NaN if one of the two is the lowest number.
+    both = torch.stack((parts[direction], extra_lse.clamp(min=lowest)))
+    parts[direction] = both.logsumexp(dim=0)
     return torch.stack(parts)
 
 
+# The fields of `Logits` and of `PendingGather`, and the ranks.
+INPUTS_PER_COMPARISON = 11
+
+
 class _LogSumExps(torch.autograd.Function):
-    """The fields of `PairLse`. The inputs are those of `with_gathered_columns`."""
+    """The fields of `PairLse` of all comparisons.
+
+    inputs: of each comparison, those of `with_gathered_columns`. grams: see `log_sum_exps`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        logits = with_gathered_columns(ctx, *inputs)
-        plan = ctx.plan
-        *results, row_max, values = logsumexp_forward(
-            logits, plan.engine, plan.strategy, plan.kept_exponentials, ctx.ranks
-        )
-        # Not a slice of the record, which PyTorch 2.8 cannot trace.
-        rows, columns, scale, row_ids, column_ids, *ctx.flags = logits
-        saved = (rows, columns, scale, row_ids, column_ids, results[0], row_max, values)
+    def forward(ctx: Any, plan: Plan, grams: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+        starts = range(0, len(inputs), INPUTS_PER_COMPARISON)
+        comparisons = [inputs[start : start + INPUTS_PER_COMPARISON] for start in starts]
+        after = tensors_of([grams, *[x[8:10] for x in comparisons]])
+        ctx.plan, ctx.comparisons = plan, []
+        returned, saved = [], []
+        for comparison in comparisons:
+            logits, ranks = with_gathered_columns(*comparison), comparison[-1]
+            *results, row_max, values = logsumexp_forward(
+                logits, plan.engine, plan.strategy, plan.kept_exponentials, ranks, after
+            )
+            after = [results[0]]
+            # Not a slice of the record, which PyTorch 2.8 cannot trace.
+            rows, columns, scale, row_ids, column_ids, *flags = logits
+            saved += [rows, columns, scale, row_ids, column_ids, results[0], row_max, values]
+            ctx.comparisons.append((flags, comparison[1].shape[0], ranks))
+            returned += results[: _num_results(logits.positives)]
         ctx.save_for_backward(*saved)
-        return tuple(results if logits.positives else results[:2])
+        return tuple(returned)
 
     @staticmethod
-    def backward(
-        ctx: Any, lse_grad: Tensor, pair_grad: Tensor, other_grad: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        *tensors, lse, row_max, values = ctx.saved_tensors
-        logits = Logits(*tensors, *ctx.flags)
-        # Only columns are shared with other ranks.
-        ranks = ctx.ranks if logits.symmetric else Ranks()
-        # Divided by `unit` the gradients are >= 0 and have logarithms: 0 gives -inf, so G is 0; a
-        # wrong sign gives NaN. In a row without negatives, no logit has a gradient.
-        # A number on the CPU takes no launch on a GPU. Compiled code stays on one device.
-        one = torch.scalar_tensor(
-            1, dtype=lse.dtype, device=lse.device if is_traced(lse) else "cpu"
-        )
-        unit = one.copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
-        if logits.row_features.dtype == torch.float16:
-            # Elements of G larger than 2 could overflow, and small ones vanish.
-            smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite
-            given = (lse_grad, pair_grad, smallest, other_grad)
-            grads = torch.cat([x.reshape(-1) for x in given if x is not None])
-            unit = unit * collectives.all_reduce(grads.abs().amax(), "max", ranks)
-        lse = lse - (lse_grad / unit).log()
-        rows, pair_grad = lse[0], pair_grad.contiguous()
-        columns = lse[1] if logits.symmetric else lse.new_empty(0)
-        if logits.symmetric and STRATEGIES[ctx.plan.strategy].gathers_columns:
-            gathered = collectives.start_gather(columns, ctx.ranks)
-            columns = collectives.finish_gather(gathered, columns, ctx.ranks)
-        grads = contrastive_backward(
-            logits,
-            SavedStatistics(rows, columns, pair_grad, unit),
-            SharedExponentials(row_max, values),
-            other_grad,
-            list(ctx.needs_input_grad[:3]),
-            ctx.own_columns,
-            ctx.plan.engine,
-            ctx.plan.strategy,
-            ctx.ranks,
-        )
-        # Autograd ignores the empty gradients of inputs that need none.
-        return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        plan, saved, grads = ctx.plan, list(ctx.saved_tensors), list(upstream)
+        needs_input_grad = list(ctx.needs_input_grad[2:])
+        returned: list[Tensor | None] = [None, None]
+        after: list[Tensor] = []
+        for flags, own_columns, ranks in ctx.comparisons:
+            *tensors, lse, row_max, values = [saved.pop(0) for _ in range(8)]
+            logits = Logits(*tensors, *flags)
+            lse_grad, pair_grad = grads.pop(0), grads.pop(0)
+            other_grad = grads.pop(0) if logits.positives else None
+            needs = [needs_input_grad.pop(0) for _ in range(INPUTS_PER_COMPARISON)][:3]
+            if any(needs):
+                after = list(
+                    contrastive_backward(
+                        logits,
+                        UpstreamGradients(lse_grad, pair_grad, other_grad),
+                        lse,
+                        SharedExponentials(row_max, values),
+                        needs,
+                        own_columns,
+                        plan.engine,
+                        plan.strategy,
+                        ranks,
+                        after,
+                    )
+                )
+            # Autograd ignores the empty gradients of inputs that need none.
+            own_grads = after if any(needs) else [None] * 3
+            returned += [*own_grads, *[None] * (INPUTS_PER_COMPARISON - 3)]
+        return tuple(returned)
 
 
-def with_gathered_columns(ctx: Any, *inputs: Any) -> Logits:
+def with_gathered_columns(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    offset: int,
+    symmetric: bool,
+    positives: bool,
+    features: Tensor | None,
+    ids: Tensor | None,
+    ranks: Ranks,
+) -> Logits:
     """The logits, with the columns of all ranks if they were gathered.
 
-    inputs: the fields of `Logits` and of `Gathered`, the ranks and the plan. ctx gets the last two,
-    and the number of this rank's columns.
+    The arguments are the fields of `Logits` and of `PendingGather`, and the ranks.
     """
-    rows, columns, scale, row_ids, column_ids, offset, *flags = inputs[:8]
-    features, ids, ctx.ranks, ctx.plan = inputs[8:]
-    ctx.own_columns = columns.shape[0]
     if features is not None and offset == 0:
-        offset = ctx.ranks.first_row(ctx.ranks.rank, ctx.own_columns)
-    columns = collectives.finish_gather(features, columns, ctx.ranks)
-    column_ids = collectives.finish_gather(ids, column_ids, ctx.ranks)
-    return Logits(rows, columns, scale, row_ids, column_ids, offset, *flags)
+        offset = ranks.first_row(ranks.rank, columns.shape[0])
+    columns = collectives.finish_gather(features, columns, ranks)
+    column_ids = collectives.finish_gather(ids, column_ids, ranks)
+    return Logits(rows, columns, scale, row_ids, column_ids, offset, symmetric, positives)
 
 
 def _forward(
-    logits: Logits, engine: str, strategy: str, kept_exponentials: int, ranks: Ranks
+    logits: Logits,
+    engine: str,
+    strategy: str,
+    kept_exponentials: int,
+    ranks: Ranks,
+    after: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PairLse`, of which the third is empty without `logits.positives`.
 
     Then those of `SharedExponentials`, empty if none are shared, or kept. The columns are this
-    rank's own or, if the strategy gathers columns, those of all ranks.
+    rank's own or, if the strategy gathers columns, those of all ranks. after: what was sent before,
+    not read here.
     """
     block_lse = engines.load(engine, logits.row_features).contrastive_lse
     n, other_positives = logits.row_features.shape[0], logits.logit_scale.new_empty(0)
@@ -279,23 +336,32 @@ def _new_exponentials(logits: Logits, kept: int) -> SharedExponentials:
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
 
 
+class UpstreamGradients(NamedTuple):
+    """The upstream gradients of the fields of `PairLse`."""
+
+    lse: Tensor  # (2, n) or (1, n)
+    pairs: Tensor  # (n,)
+    other_positives: Tensor | None  # scalar
+
+
 def _backward(
     logits: Logits,
-    saved: SavedStatistics,
+    upstream: UpstreamGradients,
+    lse: Tensor,
     shared: SharedExponentials,
-    other_grad: Tensor | None,
     needs: list[bool],
     own_columns: int,
     engine: str,
     strategy: str,
     ranks: Ranks,
+    after: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-    logits: as in forward; other_grad: scalar, the upstream gradient of `other_positives`; needs:
-    which of the three to compute (the others are empty); own_columns: how many columns are this
-    rank's.
+    logits: as in forward; lse: `PairLse.negatives_lse`; needs: which of the three to compute (the
+    others are empty); own_columns: how many columns are this rank's; after: as in forward.
     """
+    saved = _saved_statistics(logits, upstream, lse, strategy, ranks)
     contrastive_grads = engines.load(engine, logits.row_features).contrastive_grads
     if shared.row_max.numel() > 0:  # they are shared, and this rank has rows
         contrastive_grads = partial(contrastive_grads, shared=shared)
@@ -307,6 +373,7 @@ def _backward(
             block, saved, needs, float32_grads
         )
 
+    other_grad = upstream.other_positives
     if other_grad is not None:
         positives = Positives(logits.column_ids)
         shares = positives.other_shares(logits.row_ids, saved.pair_gradient.dtype)
@@ -315,6 +382,30 @@ def _backward(
     grads = STRATEGIES[strategy].gradients(block_grads, logits, saved, needs, ranks)
     dtype = logits.row_features.dtype
     return grads.rows.to(dtype), grads.columns.to(dtype), grads.scale
+
+
+def _saved_statistics(
+    logits: Logits, upstream: UpstreamGradients, lse: Tensor, strategy: str, ranks: Ranks
+) -> SavedStatistics:
+    """What gives the gradient of the logits, with the columns of all ranks if they are gathered."""
+    # Only columns are shared with other ranks.
+    sharing = ranks if logits.symmetric else Ranks()
+    # Divided by `unit` the gradients are >= 0 and have logarithms: 0 gives -inf, so G is 0; a
+    # wrong sign gives NaN. In a row without negatives, no logit has a gradient.
+    # A number on the CPU takes no launch on a GPU.
+    one = torch.scalar_tensor(1, dtype=lse.dtype, device="cpu")
+    unit = one.copysign(collectives.all_reduce(upstream.lse.sum(), "sum", sharing))
+    if logits.row_features.dtype == torch.float16:
+        # Elements of G larger than 2 could overflow, and small ones vanish.
+        smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite
+        grads = torch.cat([x.reshape(-1) for x in tensors_of((upstream, smallest))])
+        unit = unit * collectives.all_reduce(grads.abs().amax(), "max", sharing)
+    lse = lse - (upstream.lse / unit).log()
+    rows, columns = lse[0], lse[1] if logits.symmetric else lse.new_empty(0)
+    if logits.symmetric and STRATEGIES[strategy].gathers_columns:
+        gathered = collectives.start_gather(columns, ranks)
+        columns = collectives.finish_gather(gathered, columns, ranks)
+    return SavedStatistics(rows, columns, upstream.pairs.contiguous(), unit)
 
 
 def _backward_fake(given: Any) -> tuple[Tensor, ...]:

@@ -48,8 +48,9 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
     # the gradient of the pair logits in batches of 3 or 4 pairs.
     masked = negatives if traced else detached
     diagonal = masked.diagonal()
-    # NaN for an infinite pair logit, which would look perfectly matched.
-    pair_logits = negatives.diagonal().add(diagonal.detach(), alpha=0)
+    # NaN for an infinite pair logit, which would look perfectly matched. (`torch.func.linearize`
+    # ends the process at `add` with another alpha than 1.)
+    pair_logits = negatives.diagonal() + diagonal.detach() * 0
     if logits.partner_offset == 0:
         diagonal.fill_(lowest)
     same = logits.same_ids(0, negatives.shape[0])

@@ -105,5 +105,5 @@ class _FirstDerivativesOnly(torch.autograd.Function):
             "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
             "(as a gradient penalty, or backward through create_graph=True, would). "
             "The functions of cyclip_loss.reference have all derivatives, but build N x N matrices "
-            "(more: docs/troubleshooting.md)"
+            "(more: docs/questions.md)"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +67,9 @@ class EmojiSet:
         return self.images[chosen], self.image_concepts[chosen], chosen_styles
 
 
+@cache  # each dataset and each checkpoint of `evaluate` asks for them
 def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
-    """Decodes a folder of emoji shards, one for each style.
+    """Decodes a folder of emoji shards, one for each style, once in a process.
 
     Raises `UsageError` if a shard can't be read.
     """

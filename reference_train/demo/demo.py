@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
 from ..runs import PARAMETERS, code_version
 from .batches import EmojiBatches
 from .model import MODEL, TINY, build_model
-from .train import REFERENCE_BATCH_SIZE, train
+from .train import REFERENCE_BATCH_SIZE, build_loss, model_inputs, train
 
 PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
@@ -42,6 +43,7 @@ EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
   python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
+  python -m reference_train locked     CLIP and CyCLIP on a pretrained image tower
   python -m reference_train report     makes the table of evaluations again"""
 
 
@@ -97,7 +99,7 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         "data": fingerprint(shards),
         "precision": default_precision(arguments.device),
     }
-    result = records.start(out, compared, argv, arguments.device)
+    result = records.start(out, compared, argv)
     emoji = read_emoji()
     if settings["batch_size"] > (concepts := len(emoji.in_split("train"))):
         raise UsageError(f"--batch-size {settings['batch_size']}: there are {concepts} concepts")
@@ -113,6 +115,7 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             print(f"{name}: finished before")
             continue
         print(f"run {count} of {len(runs)}: {name}", flush=True)
+        records.note_environment(result, arguments.device)
         run = {"name": name, "loss": loss, "seed": seed, "commit": code_version()}
         config = argparse.Namespace(**run, **settings)
         config.penalty_weight *= LOSSES[loss].inmodal or LOSSES[loss].crossmodal
@@ -124,7 +127,9 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
         describe_model(config, out / name)
-        seconds = train(config, clip, batches, out / name)
+        loss_fn = build_loss(config, LOSSES[loss])
+        inputs = partial(model_inputs, config, clip, batches)
+        seconds = train(config, clip, loss_fn, inputs, out / name)
         result["checkpoints"][name] = {**vars(config), "seconds": seconds}
         clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {

@@ -3,6 +3,7 @@
 import math
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,21 @@ REFERENCE_BATCH_SIZE = 256
 WARMUP_SHARE = 0.1  # of all steps
 
 
-def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> float:
+def train(
+    config: Namespace,
+    clip: Clip,
+    loss_fn: CyCLIPLoss | CySigLIPLoss,
+    inputs: Callable[[int], tuple[Tensor, Tensor]],
+    folder: Path,
+) -> float:
     """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
 
-    config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size,
-        lambda_progress, and the initial logit_scale (exponentiated).
+    config: name, loss, steps and lr; the checkpoint keeps all that it has.
+    inputs: step -> the images and the tokens that the model gets.
 
     Returns the seconds it took. Raises `RunFailed` if the loss is not finite.
     """
     model, loss = clip.model, LOSSES[config.loss]
-    loss_fn = build_loss(config, loss)
     # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
@@ -49,8 +55,7 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> fl
     model.train()
     for step in track(range(config.steps), f"{config.name}, steps", config.steps):
         set_learning_rate(step)
-        pixels, tokens = model_inputs(config, clip, data, step)
-        total = compute_loss(clip, loss, loss_fn, pixels, tokens)
+        total = compute_loss(clip, loss, loss_fn, *inputs(step))
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)

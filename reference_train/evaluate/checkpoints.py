@@ -53,6 +53,13 @@ class Checkpoint:
     written: int = 0  # when the file was written, in ns
     arguments: dict[str, Any] = field(default_factory=dict)  # for OpenCLIP's model
     parameters: dict[str, Any] = field(default_factory=dict)  # the params.txt of its run
+    # The file of `model`, if it is not OpenCLIP's own. Other runs' models may have the same name.
+    config: Path | None = None
+
+    def register(self) -> None:
+        """Makes `config` what OpenCLIP knows under the model's name."""
+        if self.config and self.config.is_file():
+            open_clip.add_model_config(self.config)
 
     @property
     def source(self) -> dict[str, str]:
@@ -121,12 +128,7 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
         )
     if model is None and ":" in str(name):
         raise UsageError(f"{file}: {PARAMETERS} names a model to download: pass --model {name}")
-    if name not in open_clip.list_models():
-        # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
-        open_clip.add_model_config(parameters.get("model_config") or folder)
-    config = open_clip.get_model_config(name)  # None: there is no such model
-    if config and not parameters and not config.get("quick_gelu"):
-        say(f"{file}: {name} has no QuickGELU, which the CyCLIP authors' weights need")
+    own_config = Path(parameters.get("model_config") or folder / f"{name}.json")
     arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0
@@ -137,7 +139,14 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
         title = folder.name
     elif folder.suffix == ".pt":  # the CyCLIP authors released cyclip.pt/best.pt
         title = folder.stem
-    return Checkpoint(title, name, str(file), file.stat().st_mtime_ns, arguments, parameters)
+    found = Checkpoint(
+        title, name, str(file), file.stat().st_mtime_ns, arguments, parameters, own_config
+    )
+    found.register()
+    config = open_clip.get_model_config(name)  # None: there is no such model
+    if config and not parameters and not config.get("quick_gelu"):
+        say(f"{file}: {name} has no QuickGELU, which the CyCLIP authors' weights need")
+    return found
 
 
 def default_precision(device: torch.device) -> str:
@@ -225,6 +234,7 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
 
     settings: `precision`, `batch_size` and `workers` of the `Clip`.
     """
+    checkpoint.register()
     try:
         # OpenCLIP loads tensors and plain data only, so nothing in a file is run.
         with torch.serialization.safe_globals(NUMPY_FLOAT64):

@@ -65,11 +65,12 @@ class Images:
     def identity(self) -> object:
         """What tells these images from others without reading files, whatever their folder.
 
-        Other pictures of the same sizes under the same names are taken for the same.
+        Files with the same names, sizes and times of writing are taken for the same.
         """
         if isinstance(self.places, Tensor):
             return zlib.crc32(self.places.numpy().tobytes())
-        return [(path.name, *place) for path, *place in self.places]
+        written = {path: path.stat().st_mtime_ns for path in {path for path, *_ in self.places}}
+        return [(path.name, written[path], *place) for path, *place in self.places]
 
 
 @dataclass
@@ -345,7 +346,13 @@ def number_words(words: Sequence[str]) -> tuple[list[str], Tensor]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; [] if there is no such file."""
+    """The lines of a text file; [] if there is no such file. Blank lines may end it.
+
+    Raises `Unusable` for other blank lines: no name or prompt would be empty on purpose.
+    """
     if not path.is_file():
         return []
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    if "" in lines:
+        raise Unusable(f"{path}: line {lines.index('') + 1} is blank")
+    return lines

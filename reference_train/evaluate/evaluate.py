@@ -25,6 +25,7 @@ from .datasets import Dataset, Images, TarImages, Unusable, find, open_emoji, op
 from .demonstration import DATASETS, open_dataset
 from .metrics import feature_means, measure
 
+SHARDS = 8  # whose pairs the means of features are of; shards may be sorted
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
 beside them. Nothing is downloaded except the weights of --pretrained or --model hf-hub:... If the
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     with locked(arguments.out):
         settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
-        result = records.start(arguments.out, settings, ["evaluate", *argv], arguments.device)
+        result = records.start(arguments.out, settings, ["evaluate", *argv])
         failed = result["failed"] = dict[str, str]()
         datasets = open_all(arguments, failed)
         for name, data in datasets.items():
@@ -139,6 +140,7 @@ def evaluate(
     except UsageError as error:
         result["failed"][title] = str(error)
         return
+    records.note_environment(result, arguments.device)
     result["checkpoints"][title] = {
         **checkpoint.source,
         "path": str(checkpoint.weights),
@@ -159,12 +161,16 @@ def evaluate(
 
 
 def training_pairs(checkpoint: Checkpoint) -> tuple[Images, list[str]]:
-    """Pairs that a run was trained on: those of its first shard. None if it is not there."""
+    """Pairs that a run was trained on: those of up to `SHARDS` shards, first to last.
+
+    Without pairs, if one of these shards is not there.
+    """
     if Path(checkpoint.weights or "").name == DEMONSTRATION:
         return demonstration.training_pairs(read_emoji())
     shards = expand_urls(checkpoint.parameters.get("train_data") or "")
+    step = max(1, -(-len(shards) // SHARDS))
     try:
-        images = TarImages([Path(shards[0])])
+        images = TarImages([Path(shard) for shard in shards[::step]])
         return images, images.texts("txt") or []
     except Unusable:
         return Images([]), []

@@ -6,8 +6,10 @@ number is for.
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
+from scipy.sparse import csr_array
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import v_measure_score
@@ -19,6 +21,8 @@ from torch.nn.functional import normalize
 NEIGHBOURS = 10
 STRIP = 1024  # queries that are compared with the gallery in one product
 IMAGES_PER_CLASS = 20  # with fewer there are no heads and no clusters
+# (n, m) bool, sparse: whether text j belongs to image i. Each image has a text.
+Matches: TypeAlias = csr_array
 Means = tuple[Tensor, Tensor] | None  # of image features and of text features, (D,) each
 Numbers = dict[str, float]
 
@@ -26,7 +30,7 @@ Numbers = dict[str, float]
 def numbers(
     images: Tensor,
     texts: Tensor,
-    is_right: Tensor,
+    is_right: Matches,
     means: Means,
     captions: Sequence[str] | None,
     labels: Tensor | None,
@@ -37,15 +41,22 @@ def numbers(
     means: those of training pairs. captions: one of each image; None: the texts are class names.
     labels: (n,).
     """
-    own_texts = texts[is_right.byte().argmax(dim=1)]  # one for each image
+    texts_of_images = texts[own_texts(is_right)]
     found = gallery_numbers(images, texts, is_right, means)
+    found |= one_index_numbers(images, texts, is_right, means)
     if captions is not None:
-        x, y = (neighbours(z, z, torch.arange(len(z))) for z in (images, own_texts))
+        x, y = (neighbours(z, z, torch.arange(len(z))) for z in (images, texts_of_images))
         is_shared = (x[:, :, None] == y[:, None, :]).any(dim=2)
         found["shared_neighbours"] = is_shared.float().mean().item()
     if labels is not None and 2 <= len(labels.unique()) <= len(labels) // IMAGES_PER_CLASS:
-        found |= label_numbers(images, own_texts, labels, captions)
+        found |= label_numbers(images, texts_of_images, labels, captions)
     return found
+
+
+def own_texts(is_right: Matches) -> Tensor:
+    """The index of one text of each image, its first in the order of the texts: (n,)."""
+    ordered = is_right.sorted_indices()
+    return torch.from_numpy(ordered.indices[ordered.indptr[:-1]]).long()
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
@@ -62,14 +73,14 @@ def neighbours(queries: Tensor, features: Tensor, rows: Tensor) -> Tensor:
     return found.gather(1, others_first[:, :-1])
 
 
-def gallery_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Means) -> Numbers:
+def gallery_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Means) -> Numbers:
     """Image queries in galleries of images and texts, as they are and without the means.
 
     Queries are the images with a text in the gallery. R@10 is the share of them with a text of
     their own among the 10 nearest; the share of texts is that among these 10.
     """
-    count, is_shown = len(images), is_right.any(dim=0)
-    rows = torch.cat([torch.arange(count), count + is_shown.nonzero()[:, 0]])
+    count, shown = len(images), torch.from_numpy(is_right.sum(axis=0).nonzero()[0])
+    rows = torch.cat([torch.arange(count), count + shown])
     galleries = {
         "": rows,
         "_tenth_of_texts": rows[(rows < count) | (rows % 10 == 0)],
@@ -77,7 +88,7 @@ def gallery_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Mean
     }
     subtracted = {
         "": (torch.zeros(1), torch.zeros(1)),
-        "_without_gallery_means": (images.mean(dim=0), texts[is_shown].mean(dim=0)),
+        "_without_gallery_means": (images.mean(dim=0), texts[shown].mean(dim=0)),
         "_without_means": means,
     }
     found = {}
@@ -86,14 +97,71 @@ def gallery_numbers(images: Tensor, texts: Tensor, is_right: Tensor, means: Mean
             continue
         x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
         for kind, rows in galleries.items():
-            queries = is_right[:, rows[rows >= count] - count].any(dim=1)
+            queries = is_right[:, (rows[rows >= count] - count).numpy()].sum(axis=1).nonzero()[0]
             answers = neighbours(x, torch.cat([x, y]), rows)[queries]
             is_text = answers >= count
-            is_own = is_right[queries].gather(1, (answers - count).clamp(min=0)) & is_text
             if len(answers):
+                columns = (answers - count).clamp(min=0).numpy().copy()  # SciPy makes it writeable
+                own = is_right[queries[:, None], columns].toarray()
+                is_own = torch.from_numpy(own) & is_text
                 found[f"mixed_r10{kind}{ending}"] = is_own.any(dim=1).float().mean().item()
                 found[f"mixed_text_share{kind}{ending}"] = is_text.float().mean().item()
     return found
+
+
+def one_index_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Means) -> Numbers:
+    """R@10 of text queries, and of both with scores standardised by modality, in the whole gallery.
+
+    Texts that belong to no image are left out, and images without a text are no queries.
+    """
+    is_shown = is_right.sum(axis=0) > 0
+    texts, is_right = texts[torch.from_numpy(is_shown)], is_right[:, is_shown]
+    zero = torch.zeros(1)
+    found = {}
+    for ending, pair in {"": (zero, zero), "_without_means": means}.items():
+        if pair is None:
+            continue
+        x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
+        for name, queries, others, right in (
+            ("mixed_r10", x, y, is_right),
+            ("mixed_text_query_r10", y, x, is_right.T.tocsr()),
+        ):
+            hits = one_index_hits(queries, others, right)
+            if len(hits):
+                plain, standardized = hits.float().mean(dim=0).tolist()
+                found[f"{name}{ending}"] = plain
+                found[f"{name}_standardized{ending}"] = standardized
+    return found
+
+
+def one_index_hits(queries: Tensor, others: Tensor, is_right: Matches) -> Tensor:
+    """Whether each query has a right row of the other modality among the 10 nearest of both.
+
+    queries: (n, D). others: (m, D), of the other modality. is_right: (n, m). A query is not its
+    own answer.
+
+    Returns (q, 2) bool for the q queries with a right row: by cosine, and by scores that are less
+    their mean, and over their deviation, in each modality.
+    """
+    found = []
+    for rows in torch.arange(len(queries)).split(STRIP):
+        scores = [queries[rows] @ gallery.T for gallery in (queries, others)]
+        scores[0][torch.arange(len(rows)), rows] = torch.nan
+        own = torch.from_numpy(is_right[rows.numpy()].toarray())
+        hits = []
+        for pair in (scores, [standardize(x) for x in scores]):
+            joined = torch.cat(pair, dim=1).nan_to_num(nan=-torch.inf)
+            top = joined.topk(min(NEIGHBOURS, joined.shape[1] - 1)).indices - len(queries)
+            is_own = own.gather(1, top.clamp(min=0)) & (top >= 0)
+            hits.append(is_own.any(dim=1))
+        found.append(torch.stack(hits, dim=1))
+    return torch.cat(found)[torch.from_numpy(is_right.sum(axis=1) > 0)]
+
+
+def standardize(scores: Tensor) -> Tensor:
+    """The scores of each query less their mean, over their deviation. NaN is left out."""
+    centred = scores - scores.nanmean(dim=1, keepdim=True)
+    return centred / centred.square().nanmean(dim=1, keepdim=True).sqrt()
 
 
 def label_numbers(
@@ -101,19 +169,22 @@ def label_numbers(
 ) -> Numbers:
     """Heads within and across modalities, and clusters. texts: (n, D), of the text of each image.
 
-    A head is fitted on one half, and applied to the other. Images with one caption are in one half.
+    A head is fitted on one half, and applied to the other, of the labels that it has seen. Images
+    with one caption are in one half. There are no heads if the first half has a single label.
     """
     keys = captions or map(str, range(len(labels)))
     half = torch.tensor([hashlib.sha256(key.encode()).digest()[0] % 2 for key in keys]).bool()
+    judged = ~half & torch.isin(labels, labels[half])
+    has_heads = len(labels[half].unique()) > 1 and judged.any()
     towers, found = {"image": images, "text": texts}, {}
-    for ending in ("", "_without_means"):
+    for ending in ("", "_without_means") if has_heads else ():
         if ending:
             towers = {name: normalize(x - x[half].mean(dim=0)) for name, x in towers.items()}
         for fitted, x in towers.items():
             head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
             head.fit(x[half], labels[half])
             for applied, y in towers.items():
-                accuracy = head.score(y[~half], labels[~half])
+                accuracy = head.score(y[judged], labels[judged])
                 found[f"head_{fitted}_{applied}{ending}"] = accuracy
     for name, x in {"images": images, "texts": texts, "mixed": torch.cat([images, texts])}.items():
         clusters = KMeans(len(labels.unique()), n_init=10, random_state=0).fit_predict(x)

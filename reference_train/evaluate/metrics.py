@@ -11,8 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_array
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +51,7 @@ class Encoded:
     image_features: Tensor  # (n, D)
     class_features: dict[str, Tensor]  # (C, D) by task
     text_features: Tensor  # (m, D), of distinct captions, or of class names
-    is_right: Tensor  # (n, m) bool, whether a text belongs to an image
+    is_right: interchange.Matches  # (n, m), whether a text belongs to an image
     means: interchange.Means  # of training pairs
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
 
@@ -97,21 +99,20 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         texts = list(dict.fromkeys(text for own in data.captions for text in own))
         text_features = clip.encode_texts(texts)
         index = {text: i for i, text in enumerate(texts)}
-        right = [[index[text] for text in own] for own in data.captions]
+        right = [[*{index[text] for text in own}] for own in data.captions]
     else:  # class names take the place of captions
         task, classes = next(iter(data.classes.items()))
         text_features = class_features[task]
         right = [[label] for label in classes.labels.tolist()]
-    is_right = torch.zeros(len(raw), len(text_features), dtype=torch.bool)
-    for image, texts_of_image in enumerate(right):
-        is_right[image, texts_of_image] = True
+    images = np.repeat(np.arange(len(right)), [*map(len, right)])
+    pairs = images, np.concatenate(right)
     return Encoded(
         data=data,
         raw_image_features=raw,
         image_features=F.normalize(raw, dim=-1),
         class_features=class_features,
         text_features=text_features,
-        is_right=is_right,
+        is_right=csr_array((np.ones(len(images), bool), pairs), (len(raw), len(text_features))),
         means=clip.means,
     )
 
@@ -154,8 +155,8 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
         found |= {f"{prefix}{name}": value for name, value in task_numbers.items()}
     found |= retrieval_numbers(encoded, indices)
     sampled = indices[sample_indices(len(indices), PAIRS)]
-    is_right = encoded.is_right[sampled]
-    texts = encoded.text_features[is_right.byte().argmax(dim=1)]  # one for each image
+    is_right = encoded.is_right[sampled.numpy()]
+    texts = encoded.text_features[interchange.own_texts(is_right)]
     geometry = consistency_metrics(encoded.image_features[sampled], texts)
     data = encoded.data
     found |= interchange.numbers(
@@ -193,8 +194,8 @@ def retrieval_numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     """
     if encoded.data.captions is None and not encoded.data.groups:
         return {}
-    is_right = encoded.is_right[indices]
-    texts = is_right.any(dim=0)
+    is_right = encoded.is_right[indices.numpy()]
+    texts = is_right.sum(axis=0).nonzero()[0]
     recall = retrieval(
         encoded.image_features[indices], encoded.text_features[texts], is_right[:, texts]
     )
@@ -255,7 +256,7 @@ def coarse_and_fine(
     }
 
 
-def ranks(queries: Tensor, gallery: Tensor, is_right: Tensor) -> Tensor:
+def ranks(queries: Tensor, gallery: Tensor, is_right: interchange.Matches) -> Tensor:
     """The rank of the best right candidate for each query: (Q,), 0 for the first rank.
 
     It is the number of wrong candidates with at least the same score, so an exact tie counts
@@ -264,14 +265,17 @@ def ranks(queries: Tensor, gallery: Tensor, is_right: Tensor) -> Tensor:
     queries: (Q, D). gallery: (G, D). is_right: (Q, G). Every query has a right candidate.
     """
     found = []
-    for strip, right in zip(queries.split(STRIP), is_right.split(STRIP), strict=True):
-        scores = strip @ gallery.T
+    for start in range(0, len(queries), STRIP):
+        strip = slice(start, start + STRIP)
+        scores, right = queries[strip] @ gallery.T, torch.from_numpy(is_right[strip].toarray())
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
         found.append(((scores >= best) & ~right).sum(dim=1))
     return torch.cat(found)
 
 
-def retrieval(image_features: Tensor, text_features: Tensor, is_right: Tensor) -> dict[str, float]:
+def retrieval(
+    image_features: Tensor, text_features: Tensor, is_right: interchange.Matches
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions. Every query is compared with all candidates.
 
     A query is a hit if any of its right candidates is among the first k. A text that is the caption
@@ -282,8 +286,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, is_right: Tensor) -
     text belongs to an image.
     """
     image_ranks = ranks(image_features, text_features, is_right)
-    text_ranks = ranks(text_features, image_features, is_right.T)
-    text_ranks = text_ranks.repeat_interleave(is_right.sum(dim=0))
+    text_ranks = ranks(text_features, image_features, is_right.T.tocsr())
+    text_ranks = text_ranks.repeat_interleave(torch.from_numpy(is_right.sum(axis=0)))
     return {
         f"{direction}_r{k}": (found < k).float().mean().item()
         for direction, found in (("image_to_text", image_ranks), ("text_to_image", text_ranks))

@@ -15,6 +15,7 @@ import torch
 
 from ..command_line import UsageError
 from ..files import write_text
+from ..runs import add_to_list
 from .datasets import Dataset
 
 Result = dict[str, Any]  # what evaluation.json holds
@@ -23,9 +24,7 @@ PARTS = ("checkpoints", "data_sets", "failed", "results")
 PACKAGES = ("torch", "torchvision", "open_clip_torch")
 
 
-def start(
-    out: Path, settings: dict[str, Any], arguments: Sequence[str], device: torch.device
-) -> Result:
+def start(out: Path, settings: dict[str, Any], arguments: Sequence[str]) -> Result:
     """Returns the evaluation that a folder holds, or a new one.
 
     settings: the settings that the numbers depend on; arguments: those of reference_train.
@@ -43,11 +42,20 @@ def start(
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {},  # `note_environment` adds what measures
+        "device": "",
         "settings": settings,
         **{part: {} for part in PARTS},
     }
+
+
+def note_environment(result: Result, device: torch.device) -> None:
+    """Adds the versions and the device of this process to those that measured earlier."""
+    now = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    earlier = result["versions"]
+    result["versions"] = {x: add_to_list(earlier.get(x, ""), now[x]) for x in now}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    result["device"] = add_to_list(result["device"], name)
 
 
 def read_evaluation(path: Path) -> Result:
@@ -70,7 +78,7 @@ def save(result: Result, out: Path) -> None:
 def describe(data: Dataset) -> dict[str, Any]:
     """The entry of a dataset in evaluation.json: its sizes and groups, and a hash of its content.
 
-    The hash is of all texts and labels, and of the images' names and sizes (`Images.identity`).
+    The hash is of all texts and labels, and of the images' files (`Images.identity`).
     """
     groups = dict(Counter(data.groups or []))
     captions = len(data.images) if groups else 0  # class names are used as captions

@@ -186,7 +186,7 @@ def table_of_runs(result: Result) -> pd.DataFrame:
     """A row for each run: its settings, and its numbers, as shares.
 
     Numbers are called "DATASET: METRIC" or "DATASET, GROUP: METRIC". The recall is the mean of R@10
-    in both directions.
+    in both directions; without captions, of zero-shot top-10 and R@10 from names to images.
     """
     rows = []
     for run, measured in result["results"].items():
@@ -195,18 +195,24 @@ def table_of_runs(result: Result) -> pd.DataFrame:
             for group, numbers in {"": found["numbers"], **found["groups"]}.items():
                 prefix = f"{name}, {group}" if group else name
                 row |= {f"{prefix}: {key}": value for key, value in numbers.items()}
-                if "image_to_text_r10" in numbers:
-                    both = numbers["image_to_text_r10"] + numbers["text_to_image_r10"]
+                found_texts = numbers.get("image_to_text_r10", numbers.get("top10"))
+                if found_texts is not None and "text_to_image_r10" in numbers:
+                    both = found_texts + numbers["text_to_image_r10"]
                     row[f"{prefix}: recall"] = both / 2
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def write(result: Result, out: Path) -> None:
-    """Writes table.md, and prints a shorter table."""
-    write_text(markdown(result), out / "table.md")
+def write(result: Result, record: Path) -> None:
+    """Writes the table of a record, and prints a shorter one.
+
+    The table of a folder is table.md, and that of evaluation-long.json is table-long.md beside it.
+    """
+    file = record / "evaluation.json" if record.is_dir() else record
+    table = file.with_name(f"{file.stem.replace('evaluation', 'table')}.md")
+    write_text(markdown(result), table)
     Console().print(Markdown(markdown(result, short=True)))
-    print(f"\nWritten: {out / 'table.md'}")
+    print(f"\nWritten: {table}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -221,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     results = [read_evaluation(folder) for folder in arguments.folders]
     for folder, result in zip(arguments.folders, results, strict=True):
-        write(result, folder if folder.is_dir() else folder.parent)
+        write(result, folder)
     if arguments.csv:
         rows = pd.concat(map(table_of_runs, results))
         write_text(rows.to_csv(index=False, float_format="%.6g"), arguments.csv)

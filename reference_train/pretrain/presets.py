@@ -1,12 +1,15 @@
 """The presets of `pretrain`: each is a set of flags for OpenCLIP.
 
-A new one needs its flags in `preset`, and a batch size in `BATCH_SIZES`.
+A new one needs its flags in `preset`, a batch size in `BATCH_SIZES`, and a name in
+`PENALTY_PRESETS`.
 """
 
 import torch
 
 NO_AUGMENTATION = {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}  # as in PAPER
 BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # all ranks together
+# The launcher's `--penalties` for the losses with penalties, except SigLIP's.
+PENALTY_PRESETS = {"icons": "recommended", "modern": "recommended", "paper": "paper"}
 # Goel et al. 2022, section 4.1, and appendix. The authors' model is OpenAI's RN50, whose text
 # encoder has QuickGELU. With a scale and an aspect ratio of 1, timm's random crop is the largest
 # centred square, resized. That is the paper's resizing and centre crop. The authors' code numbers
@@ -14,7 +17,6 @@ BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # all ranks togethe
 PAPER = """
 --model RN50-quickgelu --epochs 64 --lr 5e-4 --wd 0.1 --beta1 0.9 --beta2 0.999 --eps 1e-8
 --warmup 10000 --precision amp --workers 4 --aug-cfg use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)
---reference-batch-size 128 --no-lambda-progress --no-centered
 """
 # OpenCLIP's recipe for RN50 on CC3M (https://github.com/mlfoundations/open_clip/issues/448).
 MODERN = """
@@ -37,6 +39,7 @@ def preset(name: str) -> list[str]:
     flags = {"icons": icons, "modern": MODERN, "paper": PAPER}[name].split()
     if not cuda:
         # On a processor without instructions for it, bfloat16 is far slower than float32.
-        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        # Older versions of PyTorch do not say.
+        has_bfloat16 = getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("avx512_bf16")
         flags += ["--precision", "amp_bf16" if name == "icons" and has_bfloat16 else "fp32"]
     return flags

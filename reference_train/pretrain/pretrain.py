@@ -27,16 +27,16 @@ from cyclip_loss import open_clip_train
 from ..command_line import Parser, RunFailed, UsageError, at_least, first_line, say
 from ..data.samples import fingerprint
 from ..files import locked
-from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT, Loss
-from ..runs import PARAMETERS, code_version, read_parameters, register_models
+from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
+from ..runs import PARAMETERS, add_to_list, code_version, read_parameters, register_models
 from . import patches, shards, views
-from .presets import BATCH_SIZES, NO_AUGMENTATION, preset
+from .presets import BATCH_SIZES, NO_AUGMENTATION, PENALTY_PRESETS, preset
 from .resume import epochs_done
 
 DESCRIPTION = """\
-Pretrains with OpenCLIP's trainer and the CyCLIP loss. A preset stands for a command, which is
-printed first. Flags of OpenCLIP go after -- and override the preset. Flags that
-cyclip_loss.open_clip_train adds, such as --reference-batch-size, need no --. The same command again
+Pretrains with OpenCLIP's trainer and CLIP's loss, CyCLIP or others. A preset stands for a command,
+which is printed first. Flags of OpenCLIP go after -- and override the preset. Flags that
+cyclip_loss.open_clip_train adds, such as --penalties, need no --. The same command again
 resumes after the last epoch. On several GPUs:
   torchrun --nproc-per-node 8 -m reference_train pretrain ..."""
 
@@ -60,15 +60,14 @@ def main(argv: Sequence[str]) -> None:
             launcher = [views.__name__, "--views", options.views]
         # Without "--", torchrun would take --logs as one of its own flags.
         print("python -m", shlex.join([*launcher, "--", *flags]), flush=True)
-    check_settings(args)
+    check_settings(args, options.loss)
     folder = Path(args.logs) / args.name
     # One lock for all ranks.
     with contextlib.nullcontext() if options.dry_run or rank else locked(folder):
         done = epochs_done(folder, args)
         # A run that is resumed with other code has all of its commits.
-        earlier = read_parameters(folder / PARAMETERS).get("commit") if done else None
-        commits = [*str(earlier).split(", ")] if done else []
-        added_settings["commit"] = ", ".join(dict.fromkeys([*commits, str(code_version())]))
+        earlier = str(read_parameters(folder / PARAMETERS).get("commit")) if done else ""
+        added_settings["commit"] = add_to_list(earlier, str(code_version()))
         if options.dry_run:
             return
         if done < args.epochs:
@@ -115,8 +114,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
     losses = [name for name, loss in LOSSES.items() if not loss.views]
-    text = f"{', '.join(losses)} (default: cyclip), or MODULE:NAME: cyclip_loss.open_clip_train"
-    add("--loss", default="cyclip", help=f"{text} says what the loss takes and returns")
+    text = f"{', '.join(losses)} (default: clip), or MODULE:NAME: cyclip_loss.open_clip_train"
+    add("--loss", default="clip", help=f"{text} says what the loss takes and returns")
     views.add_flag(parser)
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
     add(
@@ -138,7 +137,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, others = parser.parse_known_args(argv[:end])
     if options.loss not in losses and ":" not in options.loss:
         raise UsageError(f"--loss {options.loss}: take {', '.join(losses)} or MODULE:NAME")
-    _, unknown = parse_with(open_clip_train.parse, others)
+    _, unknown = parse_with(open_clip_train.parse, [*loss_flags(options), *others])
+    if "--siglip" in unknown:  # of loss_flags
+        unknown.remove("--siglip")
     if unknown:
         raise UsageError(f"{unknown[0]}: OpenCLIP's own flags go after --")
     return options, [*others, *argv[end + 1 :]]
@@ -155,18 +156,11 @@ def launcher_command(
     if batch_size % world_size:
         what = f"--batch-size {batch_size}, of all ranks together,"
         raise UsageError(f"{what} is not divisible by {world_size} ranks")
-    loss, title = LOSSES.get(options.loss), options.loss.rpartition(":")[2]
+    title = options.loss.rpartition(":")[2]
     name = f"{options.preset}-{title}{'-views' if options.views else ''}-{options.seed}"
     val = options.val or (options.data if Path(options.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(options.val)) if val else ""
-    flags = [*preset(options.preset), "--dataset-type", "webdataset"]
-    if loss is None:
-        loss = Loss(title)
-        flags += ["--loss", options.loss]
-    flags += ["--siglip", "--reference-batch-size", "128"] if loss.siglip else []
-    weight = SIGLIP_PENALTY_WEIGHT if loss.siglip else PENALTY_WEIGHT
-    flags += ["--lambda-inmodal", str(weight * loss.inmodal)]
-    flags += ["--lambda-crossmodal", str(weight * loss.crossmodal)]
+    flags = [*preset(options.preset), "--dataset-type", "webdataset", *loss_flags(options)]
     flags += ["--batch-size", str(batch_size // world_size)]
     flags += ["--train-data", shards.find(options.data, "train")]
     if held_out:
@@ -175,6 +169,24 @@ def launcher_command(
     # Each epoch replaces epoch_latest.pt. Without this file, "--resume latest" begins a new run.
     flags += ["--save-frequency", "0", "--save-most-recent", "--resume", "latest"]
     return [*flags, *launcher_flags]
+
+
+def loss_flags(options: argparse.Namespace) -> list[str]:
+    """The launcher's flags for `--loss`. A loss without penalties has none for them."""
+    loss = LOSSES.get(options.loss)
+    if loss is None:
+        return ["--loss", options.loss]
+    flags = ["--siglip"] if loss.siglip else []
+    if not (loss.inmodal or loss.crossmodal):
+        return flags
+    if loss.siglip:
+        weight = SIGLIP_PENALTY_WEIGHT
+        flags += ["--reference-batch-size", "128"]
+    else:
+        weight = PENALTY_WEIGHT
+        flags += ["--penalties", PENALTY_PRESETS[options.preset]]
+    flags += ["--lambda-inmodal", str(weight * loss.inmodal)]
+    return [*flags, "--lambda-crossmodal", str(weight * loss.crossmodal)]
 
 
 def all_settings(flags: Sequence[str], *, rank: int, world_size: int) -> argparse.Namespace:
@@ -197,13 +209,17 @@ def parse_with(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> A
         raise UsageError(stderr.getvalue().strip().rpartition("error: ")[2]) from error
 
 
-def check_settings(args: argparse.Namespace) -> None:
+def check_settings(args: argparse.Namespace, loss: str) -> None:
     """Raises `UsageError` for errors that OpenCLIP would raise later, or in many lines."""
     if ":" not in args.model and args.model not in open_clip.list_models():
         raise UsageError(f"--model {args.model}: OpenCLIP has no model of this name")
     if args.views == "own" and args.aug_cfg == NO_AUGMENTATION:
         what = "the preset's augmentation changes no picture, so both views would be equal"
         raise UsageError(f"--views own: {what}; take --views, or another --aug-cfg after --")
+    for penalty in ("inmodal", "crossmodal"):  # a run is called after its loss
+        has_it = loss not in LOSSES or getattr(LOSSES[loss], penalty)
+        if vars(args)[f"lambda_{penalty}"] and not has_it:
+            raise UsageError(f"--loss {loss} has no {penalty} penalty: choose another --loss")
     for flag in ("same_captions", "distill_model", "siglip"):
         if args.views and getattr(args, flag, None):
             raise UsageError(f"--{flag.replace('_', '-')} can't be combined with --views")

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cyclip_loss.open_clip_train import LAMBDAS, PENALTIES
+
 from ..command_line import UsageError
 from ..runs import PARAMETERS, load_checkpoint, read_parameters
 
@@ -16,6 +18,8 @@ MAY_DIFFER = " ".join(
         # Where files are. Shards are compared by `train_shards` and `val_shards`.
         "train_data val_data imagenet_val imagenet_v2 cache_dir logs log_local name",
         "resume model_config",
+        # The name of values that are compared.
+        "penalties",
         # What is saved and copied.
         "save_frequency save_most_recent delete_previous_checkpoint copy_codebase remote_sync",
         "remote_sync_frequency remote_sync_protocol fsdp_checkpoint",
@@ -57,10 +61,12 @@ def first_difference(initial: Mapping[str, Any], settings: Mapping[str, Any]) ->
     """The first setting that differs but must stay the same; None if there is none.
 
     A setting that `initial` lacks is not compared: the version that began the run did not have it.
+    Of penalties without weight, only the weights are compared.
     """
+    unused = () if any(settings[name] for name in LAMBDAS) else PENALTIES.keys() - {*LAMBDAS}
     for name, value in settings.items():
         # OpenCLIP writes --force-image-size as a number if the list has only one.
         same = name not in initial or value in (initial[name], [initial[name]])
-        if not same and name not in MAY_DIFFER:
+        if not same and name not in MAY_DIFFER and name not in unused:
             return name
     return None

@@ -4,11 +4,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from webdataset.shardlists import expand_urls
 
-from ..command_line import UsageError
+from ..command_line import UsageError, first_line
 from ..data.samples import read_samples
 
 
@@ -47,7 +46,7 @@ def check(argument: str, shards: Sequence[str]) -> dict[Path, int]:
     """Checks local shards. Returns shard -> number of pairs, as far as a file beside it says so.
 
     The file is sizes.json, or img2dataset's *_stats.json. argument: the flag, for messages. Raises
-    `UsageError` if a shard is missing, or the first shard has no pairs.
+    `UsageError` if a shard is missing, the first shard has no pairs, or such a file is broken.
     """
     if any("://" in shard or shard.startswith("pipe:") for shard in shards):
         return {}
@@ -56,15 +55,25 @@ def check(argument: str, shards: Sequence[str]) -> dict[Path, int]:
     if next(read_samples(shards[:1]), None) is None:
         raise UsageError(f"{argument}: {shards[0]} holds no image with a caption")
     paths = [Path(shard) for shard in shards]
-    found: dict[Path, Any] = {}
+    found: dict[Path, int] = {}
     for folder in {path.parent for path in paths}:
         if (table := folder / "sizes.json").exists():
-            found |= {folder / name: size for name, size in json.loads(table.read_text()).items()}
+            sizes = read_numbers(table, [path.name for path in paths])
+            found |= {folder / name: size for name, size in sizes.items()}
     for path in paths:
         stats = path.with_name(f"{path.stem}_stats.json")
         if path not in found and stats.exists():
-            found[path] = json.loads(stats.read_text())["successes"]
-    return {path: int(found[path]) for path in paths if path in found}
+            found |= dict.fromkeys([path], *read_numbers(stats, ["successes"]).values())
+    return {path: found[path] for path in paths if path in found}
+
+
+def read_numbers(file: Path, names: Sequence[str]) -> dict[str, int]:
+    """The numbers of these names in a JSON file, as far as it has them. Raises `UsageError`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {name: int(content[name]) for name in names if name in content}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{file}: no JSON file of numbers: {first_line(error)}") from error
 
 
 def check_workers(

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from functools import lru_cache
+from functools import lru_cache, partial
 from runpy import run_path
 from types import SimpleNamespace
 
@@ -103,6 +103,21 @@ def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch):
     problem = "result 0 is off by 0.5"
     monkeypatch.setattr(engines.verified("triton", SMALL), "problem", problem)
     assert engine_of(SMALL) == f"PyTorch: {problem}"
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, partial(torch.compile, backend="eager")])
+@pytest.mark.parametrize(
+    ("variable", "message"), [("triton", "do not support cpu"), ("tritn", "one of .* got 'tritn'")]
+)
+def test_a_variable_that_cannot_be_followed_is_an_error_also_in_compiled_code(
+    variable, message, wrap, monkeypatch
+):
+    monkeypatch.setattr("cyclip_loss.engines.IMPL_OF_AUTO", variable)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    torch._dynamo.reset()
+    # After an error in compiled code, PyTorch leaves gradients switched off.
+    with torch.enable_grad(), pytest.raises(ValueError, match=f"CYCLIP_LOSS_IMPL.*{message}"):
+        wrap(CyCLIPLoss())(*Case(20, 4).inputs("cpu"))
 
 
 def test_the_environment_variable_is_read_at_import(monkeypatch):

@@ -38,6 +38,7 @@ OPPOSITE = {"distance": 0.003, "anti_aligned": True}
 SIGLIP = {"function": "siglip", "strip_rows": 32}
 POSITIVES = SIGLIP | {"same_ids": "positives", "negatives": (7, 5)}
 LARGE_UPSTREAM = SIGLIP | {"lambdas": (0.0, 0.0), "upstream": (2.0**16,) * 3}
+LIMIT, LARGE_LIMIT = {"upstream": (1e19,) * 3}, {"upstream": (1e29,) * 3}
 # Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
 HARD = [
     Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, reason="worst pairs"),
@@ -50,6 +51,20 @@ HARD = [
     Case(33, 65, logit_scale=1e3, reason="a small batch, columns of their own maxima"),
     Case(
         20, 33, logit_scale=200.0, upstream=(2.0**60,) * 3, reason="a small batch, large upstream"
+    ),
+    # The docstring's limits. The smallest sum of shared exponentials is 1.8e-19; it would be 8e-22.
+    Case(3, 3, seed=49, logit_scale=80.0, **OPPOSITE, **LIMIT, reason="shared, limit of upstream"),
+    Case(3, 3, seed=14, logit_scale=80.0, **OPPOSITE, **LIMIT, reason="own, limit of upstream"),
+    # PyTorch's backward of softplus multiplies the upstream gradient by exp(x).
+    Case(30, 12, logit_scale=16.0, **OPPOSITE, **LARGE_LIMIT, reason="limit of upstream"),
+    Case(
+        8,
+        12,
+        function="siglip",
+        logit_scale=30.0,
+        **OPPOSITE,
+        **LARGE_LIMIT,
+        reason="SigLIP, a small batch, limit of upstream",
     ),
     # Without clamping, both engines would return a negative number.
     Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS, reason="P_cross is 0"),

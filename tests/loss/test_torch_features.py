@@ -1,5 +1,7 @@
 """The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation."""
 
+import subprocess
+import sys
 from functools import partial
 from unittest.mock import Mock
 
@@ -79,15 +81,35 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(option
             torch.autograd.grad(penalty, inputs, retain_graph=True)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# The extra negatives of one pair are its only ones.
+@pytest.mark.parametrize("options", [*OPTIONS, {"n": 1, "negatives": (2, None)}], ids=str)
 def test_small_batches_have_second_derivatives(options, device):
     """The dense form is plain PyTorch."""
-    case = Case(3, 3, WIDE, **options)
+    case = Case(**{"n": 3, "d": 3, "dtype": WIDE, **options})
     given, loss = case.arguments(device), function_of(case, "eager")
     leaves = [x.requires_grad_() for x in given.values()]
     assert torch.autograd.gradgradcheck(
         lambda *inputs: loss(**dict(zip(given, inputs, strict=True))), leaves
     )
+
+
+LINEARIZE = """
+import torch
+from cyclip_loss import CyCLIPLoss
+
+features = torch.eye(3)
+try:
+    torch.func.linearize(lambda x: CyCLIPLoss()(x, features, 10.0), features)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_linearizing_the_loss_is_an_error_and_does_not_crash():
+    """PyTorch's tracer ends the process at `x.add(y, alpha=0)`, so another process runs it."""
+    command = [sys.executable, "-W", "ignore", "-c", LINEARIZE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "tracing tensor" in done.stdout) == (0, True), done.stderr
 
 
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
@@ -142,9 +164,9 @@ def test_compiled_code_runs_the_kernels(function, kernel, device, monkeypatch):
     compile = partial(torch.compile, backend="aot_eager")
     torch.testing.assert_close(step(wrap=compile), step())
     assert mock.call_count == 2
-    # In compiled code on a CPU, "auto" is eager.
     monkeypatch.setattr("cyclip_loss.engines.IMPL_OF_AUTO", "triton")
     torch.testing.assert_close(evaluate(case, case.arguments(device), "auto", wrap=compile), step())
+    assert mock.call_count == 4
 
 
 FROZEN = [{"frozen": frozenset([name])} for name in (*FEATURES, "logit_scale")]

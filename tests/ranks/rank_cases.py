@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from accuracy import check, evaluate
+from compiled import in_order
 from hypothesis import strategies as st
 from inputs import FOR_KERNELS, INPUTS, Case, cases
 from pool import own_device
@@ -44,7 +45,8 @@ class RankCase(Case):
         options = {"dist_impl": self.dist_impl, "uneven": self.uneven}
         if self.is_compiled:
             # With the backend "eager", PyTorch 2.11 loses gradients across ranks.
-            options["wrap"] = partial(torch.compile, backend="aot_eager", fullgraph=True)
+            wrap = partial(torch.compile, backend=in_order, fullgraph=not self.uneven)
+            options["wrap"] = wrap
         return options
 
     def split(self, name, tensor):

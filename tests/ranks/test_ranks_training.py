@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from accuracy import graphs
+from accuracy import graphs, results
 from inputs import ADVISED, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
@@ -66,8 +66,41 @@ def test_every_parameter_has_the_gradient_of_one_process(rows_per_rank, wrapper,
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
 def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(function, dist_impl, ranks):
     options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
-    options |= {"distinct_ids": 3, "negatives": (4, None), "views": True}
+    options |= {"distinct_ids": 3, "negatives": (4, 6), "views": True}
     check_ranks(RankCase(**options, **ADVISED), ranks)
+
+
+@pytest.mark.parametrize("rows_per_rank", [(3, 5), (30, 0), (1, 8, 0)], ids=str)
+@pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
+def test_compiled_ranks_with_different_numbers_of_rows_are_accurate(function, rows_per_rank, ranks):
+    """Such a call runs between the compiled graphs."""
+    options = {"function": function, "is_compiled": True, "uneven": True, "negatives": (4, 6)}
+    check_ranks(RankCase(rows_per_rank=rows_per_rank, **options, **ADVISED), ranks)
+
+
+def compiled_beside_other_sizes(rank, world_size):
+    """Loss and gradients of a compiled step, in which another tensor has a size of its rank."""
+    torch.manual_seed(rank)
+    features = [torch.nn.functional.normalize(torch.randn(300, 64), dim=1) for _ in range(2)]
+    negatives, words = torch.randn(7, 64), torch.randn((1, 4000)[rank], 64)
+    weights = torch.randn(64, 64)
+    loss = CyCLIPLoss(0.5, 0.125, centered=True)
+
+    def step(image, text, negatives, words, weights):
+        hidden = (words @ weights).tanh()
+        text = text + hidden.mean()
+        return loss(image, text, 10.0, negative_text_features=negatives) + hidden.square().mean()
+
+    inputs = *features, negatives, words, weights
+    compiled = torch.compile(step, fullgraph=True)
+    return results(compiled, *inputs), results(step, *inputs)
+
+
+@pytest.mark.slow
+def test_other_sizes_beside_the_loss_do_not_change_the_order_of_collectives(ranks):
+    """By the sizes, Inductor decides where operators run. Ranks would wait for each other."""
+    for found, expected in ranks.run(2, compiled_beside_other_sizes):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def rank_graphs(rank, world_size, steps, dist_impl, uneven):

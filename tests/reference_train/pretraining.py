@@ -22,8 +22,13 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
 
 
 @pytest.fixture
-def data(tmp_path):
-    """A folder of four shards to train on and one held-out shard, 8 pairs in each."""
+def data(tmp_path, monkeypatch):
+    """A folder of four shards to train on and one held-out shard, 8 pairs in each.
+
+    Training is on the CPU, also where there is a GPU: worker processes are forked, which they can't
+    be after CUDA was used.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return make_shards(tmp_path / "data")
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.evaluate import evaluate as command
-from reference_train.evaluate import metrics
+from reference_train.evaluate import metrics, records
 from reference_train.evaluate.datasets import Classes, Dataset, Images
 from reference_train.evaluate.records import read_evaluation
 
@@ -129,12 +129,13 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(run_
 
 
 def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_path):
-    """Here the data set has the same pairs."""
-    run, shard = shutil.copytree(run_folder, tmp_path / "tiny"), tmp_path / "train.tar"
+    """Here the data set has the same pairs, in two shards."""
+    run, shard = shutil.copytree(run_folder, tmp_path / "tiny"), tmp_path / "train-0.tar"
     with (run / "params.txt").open("a") as file:
-        file.write(f"train_data: {shard}\n")
+        file.write(f"train_data: {tmp_path}/train-{{0..1}}.tar\n")
     pairs = [{"png": picture(i), "txt": b"%d" % i} for i in range(12)]
-    write_samples(shard, pairs)
+    write_samples(shard, pairs[:2])
+    write_samples(tmp_path / "train-1.tar", pairs[2:])
     write_set(tmp_path / "wds_x", {"test": pairs})
     options = f"{run} --data {tmp_path}/wds_x --only x"
     numbers = evaluate(tmp_path / "first", options)["results"]["tiny"]["x"]["numbers"]
@@ -218,12 +219,16 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
         again()
     assert set(read_evaluation(tmp_path / "out")["results"]["tiny"]) == {"flickr8k"}
     assert measured == [2, 2, 24]
+    monkeypatch.setattr(records, "version", lambda package: f"{package} 99")
+    monkeypatch.setattr(records, "PACKAGES", ("torch",))
     with pytest.raises(UsageError, match="linear_probe = False; this command asks for True"):
         again("--linear-probe")
     result, found = again()
     assert found == [2, 24]
     assert set(result["results"]["tiny"]) == {"flickr8k", "x", "emoji"}
     assert result["failed"] == {}
+    assert result["versions"]["torch"] == f"{torch.__version__}, torch 99"
+    assert result["device"] == "cpu"
     run = Path(os.path.relpath(run))
     assert again()[1] == []
     pairs = two_pairs()
@@ -239,6 +244,11 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     ):
         write_set(tmp_path / "wds_x", {"test": test, **train}, classnames=TEN_CLASSES)
         assert again()[1] == [2]
+    shard = tmp_path / "wds_x" / "test" / "0.tar"
+    content = shard.read_bytes()
+    last = content.rindex(b"IEND") - 5  # of the pixels of the last picture: sizes stay
+    shard.write_bytes(content[:last] + bytes([content[last] ^ 1]) + content[last + 1 :])
+    assert again()[1] == [2]
     monkeypatch.setattr(command, "open_emoji", partial(make_emoji, 1))
     assert again()[1] == [24]
     os.utime(run / "checkpoints" / "epoch_2.pt")  # as if it had been trained on

@@ -18,11 +18,15 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path):
     write_image_folder(tmp_path, ["a_b", "c"])
     (tmp_path / "empty").mkdir()
     assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
-    (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n")
+    (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n\n")
     assert open_folders(tmp_path, "x").classes[""].names == ["own 0", "own 1", "own 2"]
-    (tmp_path / "classnames.txt").write_text("own 0\n")
-    with pytest.raises(Unusable, match=r"3 classes, classnames\.txt has 1"):
-        open_folders(tmp_path, "x")
+    for text, message in (
+        ("own 0\n", r"3 classes, classnames\.txt has 1"),
+        ("own 0\n \nown 1\n", r"classnames\.txt: line 2 is blank"),
+    ):
+        (tmp_path / "classnames.txt").write_text(text)
+        with pytest.raises(Unusable, match=message):
+            open_folders(tmp_path, "x")
 
 
 def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.measure import allocated_peak
 from reference_train.evaluate import metrics
 from reference_train.evaluate.datasets import Classes, Dataset, Images
 
@@ -66,6 +67,16 @@ def test_retrieval_with_several_and_shared_captions_agrees_with_loops(groups, mo
         expected = recalls(scores, torch.tensor([[text in x for text in shown] for x in own]))
         numbers = measured["groups"].get(group, measured["numbers"])
         assert {name: numbers[name] for name in expected} == pytest.approx(expected)
+
+
+def test_no_matrix_of_all_images_and_texts_is_made(monkeypatch):
+    """A byte for each pair would take 16 MB."""
+    monkeypatch.setattr(metrics, "STRIP", 50)
+    monkeypatch.setattr(metrics, "PAIRS", 50)
+    texts = {str(i): torch.randn(2) for i in range(4000)}
+    data = Dataset(Images(torch.zeros(4000, 3, 1, 1)), captions=[[text] for text in texts])
+    images = torch.randn(4000, 2)
+    assert allocated_peak(CPU, lambda: measure(images, data, texts)) < 4e6
 
 
 def test_a_tie_of_neighbours_drops_the_farthest():

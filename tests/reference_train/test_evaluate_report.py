@@ -33,8 +33,10 @@ def test_report_makes_tables_again_and_one_row_for_each_run(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         records.save(result, tmp_path / name)
-    report.main([f"{tmp_path}/a", f"{tmp_path}/b/evaluation.json", "--csv", f"{tmp_path}/runs.csv"])
-    text = (tmp_path / "b" / "table.md").read_text()
+    record = (tmp_path / "b" / "evaluation.json").rename(tmp_path / "a" / "evaluation-b.json")
+    report.main([f"{tmp_path}/a", f"{record}", "--csv", f"{tmp_path}/runs.csv"])
+    assert (tmp_path / "a" / "table.md").exists()
+    text = (tmp_path / "a" / "table-b.md").read_text()
     assert text == report.markdown(result)
     assert r" | a\|b.pt | " in text
     rows = pd.read_csv(tmp_path / "runs.csv")

@@ -141,6 +141,32 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
         icons.main(f"--out {tmp_path}/some --limit 1".split())
 
 
+def test_a_part_has_all_held_out_icons_and_other_training_icons(
+    package, built, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(icon_sets, "VALIDATION_SHARE", 0.5)
+    drawn = []
+
+    def draw_nothing(chosen):
+        drawn.append(chosen)
+        yield from ()
+
+    monkeypatch.setattr(icons, "distinct_pictures", draw_nothing)
+    for first, last in ((0, 3), (3, 6)):
+        icons.build(package, tmp_path, None, (first, last))
+    (held_out, first), (again, second) = (
+        [
+            [icon.key for icon in part if icon_sets.is_held_out(icon.name) == is_held_out]
+            for is_held_out in (True, False)
+        ]
+        for part in drawn
+    )
+    assert held_out == again
+    assert {*samples(built, "val-*.tar")} <= {*held_out}
+    assert len(first) == len(second) == 3
+    assert not {*first} & {*second}
+
+
 def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_own():
     keys = map(str, range(100))
     key = next(key for key in keys if icon_sets.colours(Random(key))[1].max() < 0.5)  # dark

@@ -9,6 +9,8 @@ import pytest
 from miniature import write_tar
 from webdataset.shardlists import expand_urls
 
+from cyclip_loss import open_clip_train
+from cyclip_loss.options import PRESETS
 from reference_train import files
 from reference_train.command_line import UsageError
 from reference_train.losses import LOSSES
@@ -26,7 +28,7 @@ LAMBDAS |= {"siglip": (0, 0), "cysiglip": (1, 1), "c-cysiglip": (0, 1)}
 def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data, dry_run):
     """SigLIP's λ is 1/32, an eighth of the other losses'."""
     assert LAMBDAS.keys() == {name for name, loss in LOSSES.items() if not loss.views}
-    for preset, loss in [*product(BATCH_SIZES, ["clip"]), *product(["modern"], LAMBDAS)]:
+    for preset, loss in [*product(BATCH_SIZES, ["clip", "cyclip"]), *product(["modern"], LAMBDAS)]:
         args = dry_run(f"--preset {preset} --loss {loss} --seed 3")
         weight = 1 / 32 if "siglip" in loss else 0.25
         expected = [weight * share for share in LAMBDAS[loss]]
@@ -35,9 +37,12 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
         assert args.train_data == f"{data}/train-{{00000..00003}}.tar"
         assert args.val_data == f"{data}/val-00000.tar"
         assert (args.name, args.seed) == (f"{preset}-{loss}-3", 3)
-        is_default = preset != "paper" and "siglip" not in loss
-        assert args.reference_batch_size == (32 if is_default else 128)
-        assert args.lambda_progress == args.centered == (preset != "paper")
+        penalties = "none"
+        if any(LAMBDAS[loss]):
+            penalties = "paper" if preset == "paper" else "recommended"
+        values = {"reference_batch_size": 128} if loss.endswith("cysiglip") else PRESETS[penalties]
+        for name, value in (open_clip_train.PENALTIES | values).items():
+            assert name in open_clip_train.LAMBDAS or getattr(args, name) == value
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
     chosen = dry_run('--loss math:dist --loss-arguments {"p":1}')
     assert (chosen.loss, chosen.name) == ("math:dist", "modern-dist-0")
@@ -46,10 +51,18 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
 
+def test_icons_train_in_bfloat16_where_the_cpu_computes_it(dry_run, monkeypatch):
+    for found in {"avx512_bf16": True}, {"avx512_bf16": False}, {}:
+        monkeypatch.setattr(command.torch.cpu, "get_capabilities", found.copy, raising=False)
+        for preset in BATCH_SIZES:
+            chosen = "amp_bf16" if found.get("avx512_bf16") and preset == "icons" else "fp32"
+            assert dry_run(f"--preset {preset}").precision == chosen
+
+
 def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run):
     for flags, how in ("--views", "autoaugment"), ("--views own", "own"):
         args = dry_run(flags)
-        assert (args.views_flag, args.name) == (["--views", how], "modern-cyclip-views-0")
+        assert (args.views_flag, args.name) == (["--views", how], "modern-clip-views-0")
 
 
 def test_one_process_trains_a_run_and_its_other_ranks_take_no_lock(data, tmp_path, monkeypatch):
@@ -93,12 +106,13 @@ def test_ranks_share_the_batch_and_the_shards(variable, dry_run, monkeypatch):
         ("--preset paper --views own", "--views own: .* both views would be equal; take"),
         ("--views -- --same-captions ignored", "--same-captions can't be combined with --views"),
         ("--views -- --distill-model RN50", "--distill-model can't be combined with --views"),
+        ("--loss clip --penalties strong", "--loss clip has no inmodal penalty: choose another"),
+        ("--loss i-cyclip -- --lambda-crossmodal 1", "--loss i-cyclip has no crossmodal penalty"),
         ("--views --loss siglip", "--siglip can't be combined with --views"),
         ("WORLD_SIZE=2 --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
     ],
 )
 def test_pretrain_refuses_before_any_work(change, message, dry_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=message) as error:
@@ -127,6 +141,10 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
         args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
     assert args.train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
     assert reader.loads.call_count == 3  # each sizes.json once, and one *_stats.json
+    for broken in ('{"train-00000.tar": null}', "[8", "8"):
+        (data / "sizes.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"sizes\.json: no JSON file of numbers: "):
+            dry_run()
     (data / "sizes.json").unlink()
     (data / "__len__").write_text("32")
     assert dry_run().train_num_samples is None

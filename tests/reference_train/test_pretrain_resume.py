@@ -11,6 +11,7 @@ import torch
 from pages import blocks
 from processes import run_forked
 
+from cyclip_loss.options import PRESETS
 from reference_train import runs
 from reference_train.command_line import UsageError
 from reference_train.pretrain import pretrain as command
@@ -42,9 +43,21 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
     with pytest.raises(UsageError, match="begun with views = None, not own: choose another"):
         resume_run(ours="--views own")
     with pytest.raises(UsageError, match="begun with loss = None, not math:dist: choose another"):
-        resume_run(ours="--loss math:dist", lambda_inmodal=0.0, lambda_crossmodal=0.0)
+        resume_run(ours="--loss math:dist")
+    with pytest.raises(UsageError, match=r"begun with lambda_inmodal = 0.0, not 0.25: choose"):
+        resume_run(ours="--loss cyclip")
     with pytest.raises(UsageError, match="begun with opt = lion, not adamw: choose another"):
         resume_run(opt="lion")
+
+
+def test_a_resumed_run_compares_the_values_of_penalties_and_not_their_preset(resume_run):
+    """Values of penalties without weight do not matter."""
+    resume_run(reference_batch_size=32, centered=True, lambda_progress=True)
+    values = {"lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, **PRESETS["strong"]}
+    resume_run(ours="--loss cyclip --penalties strong", penalties="custom", **values)
+    flags = "--loss cyclip --penalties strong --reference-batch-size 64"
+    with pytest.raises(UsageError, match="begun with reference_batch_size = 128, not 64: choose"):
+        resume_run(ours=flags, **values)
 
 
 def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path):
@@ -186,7 +199,7 @@ def test_a_killed_run_resumes_and_finishes(words, pretrain, tmp_path):
     killed = run_forked(KILLED, file, "pretrain", *argv, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stdout
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
-    assert "Loss: CySigLIPLoss(" in (tmp_path / "run" / "out.log").read_text()
+    assert "Loss: SigLipLoss(" in (tmp_path / "run" / "out.log").read_text()
     pretrain("--epochs 3", "--loss siglip")
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
     assert list(checkpoints.glob(".*")) == []

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from cyclip_loss import CyCLIPLoss
+from cyclip_loss.options import PRESETS
 from reference_train.pretrain import views
 
 pytest_plugins = ["pretraining"]
@@ -35,7 +36,7 @@ def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, cap
         return output
 
     monkeypatch.setattr(open_clip.CLIP, "forward", record)
-    pretrain("--log-every-n-steps 1", ours="--views")
+    pretrain("--log-every-n-steps 1", ours="--loss i-cyclip --views")
     logged = [float(loss) for loss in re.findall(r" Loss: (\S+) \(", caplog.text)]
     assert len(logged) == 2
     assert re.search(r"Train Epoch: 0 \[ 8/16 ", caplog.text)  # pairs, not views
@@ -45,7 +46,7 @@ def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, cap
             assert not torch.equal(call[name][0::2], call[name][1::2])
         features = {name: call[name][0::2] for name in FEATURES}
         features |= {f"augmented_{name}": call[name][1::2] for name in FEATURES}
-        loss_fn = CyCLIPLoss(reference_batch_size=32, lambda_progress=True, centered=True)
+        loss_fn = CyCLIPLoss(**{**PRESETS["recommended"], "lambda_crossmodal": 0.0})
         expected = loss_fn(**features, logit_scale=call["logit_scale"])
         assert loss == pytest.approx(expected.item(), rel=1e-3)
 

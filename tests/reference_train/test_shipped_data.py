@@ -9,18 +9,18 @@ from processes import ROOT
 
 from reference_train.data import emoji
 from reference_train.demo import demo, train
-from reference_train.evaluate import demonstration, records
+from reference_train.evaluate import demonstration, evaluate, records
 from reference_train.evaluate.datasets import open_emoji
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The emoji that ship, which the commands get without reading them again."""
-    read = emoji.read_emoji()
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (emoji, demo):
-            patch.setattr(module, "read_emoji", lambda: read)
-        yield read
+    return emoji.read_emoji()
+
+
+def test_the_shipped_emoji_are_decoded_once(shipped, monkeypatch):
+    monkeypatch.setattr(emoji, "decode", lambda *_: pytest.fail("decodes them again"))
+    evaluate.open_demonstration("new concepts, new styles")
 
 
 def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped):

@@ -23,6 +23,7 @@ CONSTANTS = ("weights", "image_queue", "text_queue", "log_weights", *TEACHER)
 FEATURES = ("image_features", "text_features", "hard_negatives", "other_captions")
 NUMBERS = {"tau": TAU, "alpha": 9.0, "smoothing": 0.1}
 NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3, "margin": 0.02}
+SCALE_FACTORS = {("image", "text"): 1, ("image", "audio"): 2, ("text", "audio"): 3}
 BLOCKS = pages.blocks("docs/losses.md")
 
 
@@ -49,6 +50,7 @@ def make_data(n):
         "text_tokens": random_features(4 * n, seed=12).unflatten(0, (n, 4)),
         "text_mask": torch.arange(4) < 1 + torch.arange(n)[:, None] % 4,
         "audio_features": random_features(n, seed=5),
+        "has_audio": torch.arange(n) < (n + 1) // 2,  # the last rank has none
         "image_queue": random_features(3 * n, seed=6),
         "text_queue": random_features(3 * n, seed=7),
         "weights": torch.arange(n).double() % 3,  # some are 0
@@ -70,6 +72,9 @@ def run_block(block, data, n, ids=None, **options):
     names["CyCLIPLoss"] = lambda *lambdas: partial(
         cyclip_loss.CyCLIPLoss(*lambdas, **options), ids=ids
     )
+    names["ClipLoss"] = partial(cyclip_loss.ClipLoss, **options)
+    scale = names["logit_scale"]
+    names["scales"] = {pair: factor * scale for pair, factor in SCALE_FACTORS.items()}
     names |= {"queries": names["image_features"], "documents": names["text_features"]}
     names |= {"first": names["image_features"], "second": names["text_features"]}
     names |= {"loss_fn": names["CyCLIPLoss"](0, 0), "widths": WIDTHS, "gather": lambda x: x}
@@ -230,6 +235,18 @@ def three_modalities(data, negatives):
     return loss
 
 
+def more_than_two_towers(data, negatives):
+    loss = 0
+    for (first, second), factor in SCALE_FACTORS.items():
+        one, other = data[f"{first}_features"], data[f"{second}_features"]
+        if second == "audio":
+            one, other = one[data["has_audio"]], other[data["has_audio"]]
+        logits = factor * data["logit_scale"] * one @ other.T
+        weight = 0.5 if second == "audio" else 1.0
+        loss += weight * both_ways(logits, mask(len(one), None)).mean()
+    return loss
+
+
 def decoupled(data, negatives):
     logits = logits_of(data)
     kept = logits.where(negatives, -torch.inf)
@@ -301,7 +318,7 @@ def filip(data, negatives):
 # A text that only this block of the page has -> its N x N form: the loss of the variables that
 # `make_data` makes, with the mask of the negatives.
 DENSE = {
-    "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
+    "text_features, logit_scale\n)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,
     "negative_text_features=other_captions": several_captions,
@@ -309,12 +326,13 @@ DENSE = {
     "own_negatives": negatives_of_each_row,
     "logit_scale + alpha": hardness,
     "smoothing *": label_smoothing,
-    "expected_partner(teacher_images": soft_targets,
+    "def expected_partner": soft_targets,
     "log_weights": log_q,
     "index.repeat(2)": simclr,
     "labels.repeat(2)": supcon,
     "for width in widths": matryoshka,
     "image_queue": queue,
+    "for (a, b), weight": more_than_two_towers,
     "def find_partners": three_modalities,
     "((row - pair) + (column - pair))": decoupled,
     "false_negatives = ": debiased,
@@ -396,7 +414,7 @@ def test_every_recipe_of_the_page_is_compared():
 @pytest.mark.parametrize(
     ("marker", "n", "tokens"),
     # The first has too many logits to keep their exponentials.
-    [("expected_partner(teacher_images", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
+    [("def expected_partner", 4224, 1), ("score, len(text_tokens)", 512, 3 * 4)],
 )
 def test_soft_targets_and_maxsim_need_no_matrix(marker, n, tokens):
     """In float64. The N x N forms keep several matrices, of similarities of tokens."""

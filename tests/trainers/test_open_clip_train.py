@@ -1,5 +1,6 @@
 """The launcher with OpenCLIP's trainer, and with a stand-in for the trainers of other versions."""
 
+import inspect
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from types import ModuleType
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -18,14 +19,18 @@ pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
+from open_clip_train.main import main as open_clip_main
 from pages import blocks
 from pool import Ranks
-from recipe_cases import TEXT, VISION
+from recipe_cases import TEXT, VISION, captions
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import to_pil_image
 
+import cyclip_loss
 from benchmarks.compare.competitors import dense_clip
 from cyclip_loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
+from cyclip_loss.options import PRESETS
 from reference_train.data.emoji import EMOJI_FOLDER
 
 
@@ -36,15 +41,28 @@ class WithoutDevices(DistributedDataParallel):
         super().__init__(module, **options)
 
 
-def train_on_rank(rank, world_size, arguments):
-    """Trains in the group that the ranks have already."""
+def train_on_rank(rank, world_size, arguments, train=open_clip_train.main):
+    """Trains in the group that the ranks have already. train: the launcher, or OpenCLIP's own."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     with (
         patch.dict(os.environ, {name: str(value) for name, value in variables.items()}),
         patch.object(torch.distributed, "init_process_group"),
         patch.object(torch.nn.parallel, "DistributedDataParallel", WithoutDevices),
     ):
-        open_clip_train.main(arguments)
+        train(arguments)
+
+
+def without_launcher(arguments):
+    """OpenCLIP's own trainer. It knows no --model-config."""
+    _, theirs = open_clip_train.parse(arguments)
+    open_clip_main(theirs)
+
+
+def logged(folder):
+    """The losses in the log of a run: {name in small letters: value} for each step."""
+    lines = (folder / "out.log").read_text().splitlines()
+    steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", x) for x in lines if "Train Epoch" in x]
+    return [{name.lower(): float(value) for name, value in step} for step in steps]
 
 
 def dense(image_features, text_features, logit_scale):
@@ -75,8 +93,9 @@ class LogQ(nn.Module):
 
 LOG_Q = ("--loss", f"{__name__}:LogQ", "--loss-arguments", '{"log_weight": 2.0}')
 DENSE = ("--loss", f"{__name__}:dense")
+RING = ("--dist-impl", "ring")
 INMODAL = ("--lambda-inmodal", "2", "--lambda-crossmodal", "0")
-CONSTANT = ("--no-lambda-progress",)
+RECOMMENDED, STRONG, PAPER = [("--penalties", name) for name in ("recommended", "strong", "paper")]
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +109,14 @@ def own_ranks():
 @pytest.mark.parametrize(
     ("flags", "parameters", "terms"),
     [
-        # In two steps CLIP's loss makes no progress, and the penalties would be 0. A warm-up takes
-        # its place.
         (
-            ("--same-captions", "positives", "--lambda-warmup", "0.5", "--dist-impl", "ring"),
-            ("same_captions: positives", "lambda_inmodal: 0.25", "lambda_progress: False"),
+            ("--same-captions", "positives", *STRONG, "--lambda-warmup", "0.5", *RING),
+            ("same_captions: positives", "penalties: strong", "reference_batch_size: 128"),
             TERMS,
         ),
         (
             LOG_Q,
-            (
-                f"loss: {__name__}:LogQ",
-                "loss_arguments: {'log_weight': 2.0}",
-                "lambda_inmodal: 0.0",
-            ),
+            (f"loss: {__name__}:LogQ", "loss_arguments: {'log_weight': 2.0}", "penalties: none"),
             ("one_loss", "another_loss", *TERMS[1:]),
         ),
         ((*DENSE, *INMODAL), (f"loss: {__name__}:dense", "lambda_inmodal: 2.0"), TERMS),
@@ -116,25 +129,67 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
     (command,) = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
-    model = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
-    (tmp_path / "tiny.json").write_text(json.dumps(model))
     small_run = f"""
-        --model tiny --model-config {tmp_path}/tiny.json --dataset-type webdataset
+        {tiny_model(tmp_path)} --dataset-type webdataset
         --train-data {EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz --train-num-samples 128 --batch-size 32
         --epochs 1 --workers 0 --log-every-n-steps 1 --warmup 1 --logs {tmp_path} --name run
+        --device cpu
     """
     own_ranks.run(2, train_on_rank, [*from_page, *small_run.split(), *flags])
-    lines = (tmp_path / "run" / "out.log").read_text().splitlines()
-    steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", x) for x in lines if "Train Epoch" in x]
+    steps = logged(tmp_path / "run")
     assert len(steps) == 2
-    for step in steps:
-        found = {name.lower(): float(value) for name, value in step}
+    for found in steps:
         loss = found.pop("loss")
         assert tuple(found) == terms
         assert sum(found.values()) == pytest.approx(loss, rel=1e-3)
         assert (found["inmodal_cyclic_loss"] > 0) == (flags != LOG_Q)
-    assert {*parameters} <= {*(tmp_path / "run" / "params.txt").read_text().splitlines()}
+    written = {*(tmp_path / "run" / "params.txt").read_text().splitlines()}
+    assert {*parameters} <= written
+    # The log begins with the penalties.
+    first, *_ = (tmp_path / "run" / "out.log").read_text().splitlines()
+    preset, values = re.search(r"Penalties: (\w+) \((.*)\)", first).groups()
+    assert {f"penalties: {preset}", *values.replace("=", ": ").split(", ")} <= written
+    assert [value.partition("=")[0] for value in values.split(", ")] == [*open_clip_train.PENALTIES]
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
+
+
+def tiny_model(folder):
+    """The launcher's flags for a tiny model."""
+    model = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    (folder / "tiny.json").write_text(json.dumps(model))
+    return f"--model tiny --model-config {folder}/tiny.json"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"), [(1, ()), (1, ("--siglip",)), (2, ("--gather-with-grad",))]
+)
+def test_without_our_flags_every_step_has_the_loss_of_open_clip(
+    world_size, flags, own_ranks, tmp_path
+):
+    """On the same seed, by the log: so the gradients are the same, too.
+
+    In float32, because under autocast OpenCLIP rounds the logits to bfloat16.
+    """
+    rows = ["filepath\ttitle\n"]
+    for number, (picture, caption, _) in enumerate(captions()):
+        to_pil_image(picture).save(tmp_path / f"{number}.png")
+        rows.append(f"{tmp_path}/{number}.png\t{caption}\n")
+    (tmp_path / "pairs.csv").write_text("".join(rows))
+    steps = {}
+    for name, train in (("theirs", without_launcher), ("ours", open_clip_train.main)):
+        small_run = f"""
+            {tiny_model(tmp_path)} --dataset-type csv --train-data {tmp_path}/pairs.csv
+            --epochs 6 --workers 0
+            --batch-size {32 // world_size} --lr 1e-2 --warmup 1 --log-every-n-steps 1
+            --precision fp32 --logs {tmp_path} --name {name}
+        """
+        own_ranks.run(world_size, train_on_rank, [*small_run.split(), *flags], train)
+        steps[name] = logged(tmp_path / name)
+    assert len(steps["theirs"]) == 6
+    assert steps["theirs"][-1]["loss"] < 0.9 * steps["theirs"][0]["loss"]
+    for theirs, ours in zip(*steps.values(), strict=True):
+        # The log has five digits.
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-4)
 
 
 class Model(nn.Module):
@@ -172,11 +227,12 @@ class Trainer(ModuleType):
         super().__init__("open_clip_train.main")
         flags = {"accum_freq": 1, "skip_scheduler": False, "calls": True}
         flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
-        flags |= {"device": "cpu"} | settings
+        flags |= {"device": "cpu", "pad_id": None} | settings
         parser = ArgumentParser()  # as OpenCLIP's, it takes abbreviations
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
+        self.get_tokenizer = lambda *args, **kwargs: Namespace(pad_token_id=flags["pad_id"])
         self.version, self.device = version, torch.device("cpu")
         self.rates, self.lambdas, self.terms = [], [], []
         for name in SCHEDULES:
@@ -187,6 +243,8 @@ class Trainer(ModuleType):
             self.create_loss = lambda args: theirs
 
     def make_loss(self):
+        if self.version == "unknown":  # it creates its loss elsewhere
+            return CyCLIPLoss()
         if self.version == "4":
             return self.create_task(None, model=None).loss
         return self.create_loss(None)
@@ -195,8 +253,14 @@ class Trainer(ModuleType):
         self.argv, args = argv, self.parse_args(argv)
         model, *_ = self.create_model_and_transforms("tiny", device=self.device, output_dict=True)
         loss = self.loss = self.make_loss()
+        self.get_tokenizer("tiny")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        set_rate = getattr(self, args.schedule)(optimizer, *SCHEDULES[args.schedule])
+        schedule, values = getattr(self, args.schedule), SCHEDULES[args.schedule]
+        if self.version == "4":  # a later version may name the arguments
+            names = inspect.signature(getattr(open_clip_schedules, args.schedule)).parameters
+            set_rate = schedule(**dict(zip(names, (optimizer, *values), strict=False)))
+        else:
+            set_rate = schedule(optimizer, *values)
         for step in range(5 * args.epoch, 10):
             for _ in range(3):
                 self.rates.append(set_rate(step))
@@ -218,9 +282,8 @@ class Other(ClipLoss):
     """A subclass, which CyCLIPLoss must not replace."""
 
 
-OF_32 = {"reference_batch_size": 32, "centered": True}
-PROGRESS = {**OF_32, "lambda_progress": True}
-RING, ONE = ("--dist-impl", "ring"), ("--lambda-inmodal", "1")
+ONE = ("--lambda-inmodal", "1")
+OF_128 = {"reference_batch_size": 128, "centered": True}
 SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
 
 
@@ -228,16 +291,20 @@ SHIFT = ("--loss-dist-impl", "shift")  # OpenCLIP's flag
 @pytest.mark.parametrize(
     ("theirs", "given", "ours"),
     [
+        (ClipLoss(), (), cyclip_loss.ClipLoss()),
         # torchrun allows a "--" before the script's flags.
-        (ClipLoss(), ("--", *RING, *ONE), CyCLIPLoss(1.0, dist_impl="ring", **PROGRESS)),
-        (ClipLoss(), (*CONSTANT, "--no-centered"), CyCLIPLoss(reference_batch_size=32)),
-        (SigLipLoss(), (*SHIFT, "--sigl"), CySigLIPLoss(dist_impl="ring", **OF_32)),
-        (SigLipLoss(), ("--siglip", *ONE), CySigLIPLoss(1.0, **OF_32)),
-        (Other(), (), WithCyclicPenalty(Other(), **OF_32)),
-        (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_32)),
+        (ClipLoss(), ("--", "--penalties", "none", *RING), cyclip_loss.ClipLoss(dist_impl="ring")),
+        (ClipLoss(), RECOMMENDED, CyCLIPLoss(**PRESETS["recommended"])),
+        (ClipLoss(), (*STRONG, "--lambda-crossmodal", "0"), CyCLIPLoss(0.25, 0.0, **OF_128)),
+        (ClipLoss(), PAPER, CyCLIPLoss()),
+        (ClipLoss(), (*RING, *ONE), CyCLIPLoss(1.0, 0.0, dist_impl="ring")),
+        (SigLipLoss(), (*SHIFT, "--sigl"), cyclip_loss.SigLipLoss(dist_impl="ring")),
+        (SigLipLoss(), ("--siglip", *ONE, "--centered"), CySigLIPLoss(1.0, centered=True)),
+        (Other(), (), Other()),
+        (CoCaLoss(2.0, 1.0), STRONG, WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_128)),
         (
             DistillClipLoss(),
-            ("--reference-batch-size", "0"),
+            (*STRONG, "--reference-batch-size", "0"),
             WithCyclicPenalty(DistillClipLoss(), centered=True),
         ),
     ],
@@ -248,8 +315,26 @@ def test_a_loss_is_replaced_or_gets_the_penalties(version, theirs, given, ours, 
         loss = launch(trainer, monkeypatch, *given, "--epochs", "3").loss
         assert repr(loss) == repr(ours)
         assert getattr(loss, "loss", theirs) is theirs
+        assert (loss is theirs) == (type(loss) is type(theirs))
     # OpenCLIP gets its own flags only.
     assert trainer.argv == [x for x in given if x.startswith("--sig")] + ["--epochs", "3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        ("--penalties recommended --lambda-warmup 512", {"lambda_warmup": 512}),
+        ("--penalties recommended --no-lambda-progress --no-centered", {"centered": False}),
+        ("--penalties strong --lambda-progress", {"lambda_progress": True, "lambda_warmup": 0}),
+        ("--penalties strong --lambda-warmup 0 --lambda-inmodal 1", {"lambda_inmodal": 1.0}),
+    ],
+)
+def test_a_single_flag_changes_a_preset(flags, changes):
+    _, preset, *_ = flags.split()
+    growth = {"lambda_progress": False, "lambda_warmup": 0}
+    expected = open_clip_train.PENALTIES | PRESETS[preset] | growth | changes
+    ours, _ = open_clip_train.parse(flags.split())
+    assert {name: getattr(ours, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("version", ["3", "4"])
@@ -261,7 +346,7 @@ def test_the_chosen_loss_is_trained_with_the_penalties_that_are_asked_for(
 ):
     trainer = launch(Trainer(SigLipLoss(), version), monkeypatch, *given)
     terms = dict(trainer.terms[0])
-    expected = CyCLIPLoss(inmodal, 0, **OF_32)(**Model()(IMAGES), output_dict=True)
+    expected = CyCLIPLoss(inmodal, 0)(**Model()(IMAGES), output_dict=True)
     penalties = {name: terms.pop(name) for name in TERMS[1:]}
     torch.testing.assert_close(sum(terms.values()), expected.pop("contrastive_loss"))
     torch.testing.assert_close(penalties, expected)
@@ -289,10 +374,14 @@ CAPTIONS = "--same-captions"
 @pytest.mark.parametrize(
     ("settings", "given", "message"),
     [
-        ({"calls": False}, (), "did not call the CyCLIP loss"),
-        ({"theirs": nn.CrossEntropyLoss()}, (), "Loss.forward takes ['input', 'target']"),
+        ({"calls": False}, (), "did not call this loss"),
+        ({"version": "unknown"}, STRONG, "did not call this loss"),
+        ({"theirs": nn.CrossEntropyLoss()}, PAPER, "Loss.forward takes ['input', 'target']"),
         ({"horovod": True}, (), "--horovod is not supported"),
-        ({"skip_scheduler": True}, ("--lambda-warmup", "2"), "--skip-scheduler"),
+        ({"skip_scheduler": True}, STRONG, "--skip-scheduler"),
+        ({"theirs": CoCaLoss(2.0, 1.0)}, RECOMMENDED, "--lambda-progress, which"),
+        ({}, (*DENSE, *RECOMMENDED), "--lambda-progress, which"),
+        ({"theirs": SigLipLoss()}, ("--sigl", *STRONG), "with --siglip, give lambdas"),
         ({"accum_freq": 2}, (CAPTIONS, "ignored"), "excludes --accum-freq above 1"),
         ({"torchscript": True}, (CAPTIONS, "ignored"), "and --torchscript"),
         ({"theirs": DistillClipLoss()}, RING, "--dist-impl need CLIP's or SigLIP's loss"),
@@ -328,17 +417,17 @@ def test_unsupported_runs_stop_with_one_line(settings, given, message, monkeypat
         ("--loss", "no.such:loss", "--loss: must be MODULE:NAME, not no.such:loss: No module"),
         ("--loss-arguments", "{1", "--loss-arguments: invalid"),
         ("--loss", "math:pi", "--loss: must be MODULE:NAME, not math:pi: the first argument must"),
-        ("--lambda-progress", "--loss=math:dist", "excludes --lambda-warmup, --loss and --siglip"),
         ("--lambda-inmodal", "-1", "lambda_inmodal must be finite and >= 0"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
-        ("--lambda-progress", "--lambda-warmup=2", "excludes --lambda-warmup, --loss and --siglip"),
-        ("--lambda-progress", "--siglip", "excludes --lambda-warmup, --loss and --siglip"),
+        ("--lambda-progress", "--lambda-warmup 2 --penalties paper", "excludes --lambda-warmup"),
+        ("--centered", "--penalties none", "--penalties none excludes --centered"),
+        ("--reference-batch-size", "128", "--reference-batch-size needs --penalties, --lambda-in"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
-        open_clip_train.main([flag, wrong])
+        open_clip_train.main([flag, *wrong.split()])
     assert message in capsys.readouterr().err
 
 
@@ -355,7 +444,7 @@ def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
         launch(trainer, monkeypatch, "--impl", "triton")
 
 
-@pytest.mark.parametrize("theirs", [ClipLoss, Other])
+@pytest.mark.parametrize(("theirs", "version"), [(ClipLoss, "3"), (Other, "4")])
 @pytest.mark.parametrize(
     ("schedule", "warmup", "length", "epoch"),
     [
@@ -366,11 +455,11 @@ def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
     ],
 )
 def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
-    theirs, schedule, warmup, length, epoch, monkeypatch
+    theirs, version, schedule, warmup, length, epoch, monkeypatch
 ):
     """The warm-up is a number of steps or a fraction of all ten steps. Some runs are resumed."""
-    argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
-    trainer = Trainer(theirs(), epoch=epoch, schedule=schedule)
+    argv = (*PAPER, "--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
+    trainer = Trainer(theirs(), version, epoch=epoch, schedule=schedule)
     launch(trainer, monkeypatch, *argv)
     steps = [step for step in range(5 * epoch, 10) for _ in range(3)]
     shares = [min(1.0, (step + 1) / length) for step in steps]
@@ -383,10 +472,11 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     ("theirs", "world_size", "given", "warns"),
     [
         (ClipLoss(), 3, (), False),
-        (ClipLoss(), 2, CONSTANT, False),
-        (ClipLoss(), 3, CONSTANT, True),
-        (CoCaLoss(2.0, 1.0), 3, (), True),
-        (ClipLoss(), 3, (*CONSTANT, "--lambda-warmup", "8"), False),
+        (ClipLoss(), 3, RECOMMENDED, False),
+        (ClipLoss(), 2, PAPER, False),
+        (ClipLoss(), 3, PAPER, True),
+        (CoCaLoss(2.0, 1.0), 3, PAPER, True),
+        (ClipLoss(), 3, STRONG, False),
         (SigLipLoss(), 3, ("--siglip", *ONE), False),
     ],
 )
@@ -405,14 +495,24 @@ def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
 @pytest.mark.parametrize("same", ["ignored", "positives"])
 @pytest.mark.parametrize(
     ("theirs", "ours", "flags"),
-    [(ClipLoss, CyCLIPLoss, CONSTANT), (SigLipLoss, CySigLIPLoss, ["--sig"])],
+    [(ClipLoss, CyCLIPLoss, PAPER), (SigLipLoss, cyclip_loss.SigLipLoss, ["--sig"])],
 )
 def test_the_loss_gets_ids_of_the_captions(theirs, ours, flags, version, same, monkeypatch):
     """OpenCLIP itself passes no captions to the loss."""
     trainer = launch(Trainer(theirs(), version), monkeypatch, CAPTIONS, same, *flags)
-    loss_fn = ours(**OF_32, same_ids=same)
+    loss_fn = ours(same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("pad_id", "number"), [(1, 1), (None, 0)])
+def test_captions_are_padded_with_the_id_of_the_tokenizer(pad_id, number, monkeypatch):
+    """OpenCLIP 4 pads each rank's texts to its longest, and texts of fixed length without an id."""
+    trainer = Trainer(ClipLoss(), "4", pad_id=pad_id)
+    spy = Mock(wraps=caption_ids)
+    monkeypatch.setattr(open_clip_train, "caption_ids", spy)
+    launch(trainer, monkeypatch, CAPTIONS, "ignored")
+    assert {call.args[1] for call in spy.call_args_list} == {number}
 
 
 def test_the_command_fails_if_the_trainer_fails(monkeypatch):

@@ -23,10 +23,11 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from cyclip_loss import CyCLIPLoss, caption_ids
+from cyclip_loss.options import PRESETS
 
 DUPLICATES = "Duplicates in a batch"
 INDICES = torch.arange(32)
-ADVISED = {"reference_batch_size": 32, "lambda_progress": True, "centered": True}
+ADVISED = PRESETS["recommended"]
 
 
 def prepared():
@@ -66,7 +67,8 @@ TRAINING = [
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
-def test_a_recipe_trains_and_clamps_the_logit_scale(heading, block, package):
+def test_a_recipe_trains_and_clamps_the_logit_scale(heading, block, package, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # it would move the model to a GPU
     names, module = prepared(), pytest.importorskip(package)
     if package == "lightning":
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -96,12 +98,35 @@ def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch
     pairs = (concepts + shift, concepts - shift)
     loader, new_pairs = [[x[part] for x in pairs] for part in (slice(512), slice(512, 640))]
     names = {"model": Towers(), "loader": [loader], "new_pairs": new_pairs}
-    found = run("One index for images and texts", **names)
+    found = run("One index for images and texts", 1, **names)
     assert torch.equal(found["nearest"][:, 0], (torch.arange(256) + 128) % 256)
     as_they_are = torch.cat([*Towers()(*new_pairs).values()])
     assert ((as_they_are @ as_they_are.T)[:128].topk(10).indices < 128).all()
     means = torch.load("means.pt")
     assert torch.equal(means["text"], Towers()(*loader)["text_features"].mean(dim=0))
+
+
+def test_two_lists_and_standardised_scores_find_images_and_texts():
+    """The towers are so far apart that as they are, images are the nearest of an image."""
+    concepts, shift = normalize(torch.randn(128, 16), dim=-1), 4 * torch.eye(16)[0]
+    images, texts = normalize(concepts + shift, dim=-1), normalize(concepts - shift, dim=-1)
+    queries = normalize(concepts + shift + torch.randn(128, 16) / 32, dim=-1)
+    names = {"queries": queries, "image_features": images, "text_features": texts, "torch": torch}
+    found = run("One index for images and texts", **names)
+    own = torch.arange(128)[:, None] + torch.tensor([0, 128])
+    for answers in (found["merged"], found["mixed"]):
+        assert answers.shape == (128, 10)
+        shown = (answers[:, :, None] == own[:, None]).any(dim=1)
+        assert shown.float().mean() > 0.95
+    assert (found["merged"] < 128).sum(dim=1).eq(5).all()
+    as_they_are = queries @ torch.cat((images, texts)).T
+    assert (as_they_are.topk(10).indices < 128).all()
+    # The mean and the deviation of all scores, as the page says, without computing all scores.
+    mean, covariance = texts.mean(dim=0), torch.cov(texts.T)
+    scores = queries @ texts.T
+    torch.testing.assert_close(queries @ mean, scores.mean(dim=1))
+    spread = (queries @ covariance * queries).sum(dim=1).sqrt()
+    torch.testing.assert_close(spread, scores.std(dim=1))
 
 
 def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains():
@@ -295,6 +320,71 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
         assert {"eval_loss", *(TERMS if family == "CLIP" else ())} <= logged
 
 
+FINE_TUNING = "Fine-tuning with Hugging Face"
+
+
+def fine_tuned(clip, folder):
+    """The model of the recipe after one step of SGD with a learning rate of 1."""
+    import transformers
+
+    arguments = transformers.TrainingArguments(
+        str(folder), optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1,
+        max_grad_norm=0.0, per_device_train_batch_size=32, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    samples = [
+        {"pixel_values": image, "input_ids": text, "attention_mask": torch.ones_like(text)}
+        for image, text in zip(*batch(), strict=True)
+    ]
+    names = {"clip": clip, "training_arguments": arguments, "dataset": samples}
+    names = run(FINE_TUNING, **names)
+    names["trainer"].evaluate(samples)
+    assert "eval_loss" in set().union(*names["trainer"].state.log_history)
+    return names["model"]
+
+
+@pytest.mark.parametrize("returns_tensors", [False, True], ids=["transformers 5", "4"])
+def test_fine_tuning_takes_the_step_of_clips_own_loss(returns_tensors, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    clip, right = (recipe_cases.tiny_hugging_face() for _ in range(2))
+    images, tokens = batch()
+    right(pixel_values=images, input_ids=tokens, return_loss=True).loss.backward()
+    expected = [p - p.grad for p in right.parameters()]
+    for name in ("get_image_features", "get_text_features"):
+        found = getattr(clip, name)
+
+        def towers(*, found=found, **inputs):
+            """The form of either version."""
+            output = found(**inputs)
+            tensor = getattr(output, "pooler_output", output)
+            return tensor if returns_tensors else SimpleNamespace(pooler_output=tensor)
+
+        monkeypatch.setattr(clip, name, towers)
+    # Its N x N logits are not computed.
+    monkeypatch.setattr(transformers.CLIPModel, "forward", None)
+    model = fine_tuned(clip, tmp_path)
+    for parameter, wanted in zip(model.clip.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), wanted.detach(), rtol=0, atol=1e-4)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_fine_tuning_with_lora_trains_its_weights_alone(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    clip = recipe_cases.tiny_hugging_face()
+    before = {name: p.detach().clone() for name, p in clip.named_parameters()}
+    model = fine_tuned(run(FINE_TUNING, 1, clip=clip)["clip"], tmp_path)
+    after = dict(model.clip.named_parameters())
+    assert any(p.any() for name, p in after.items() if "lora_B" in name)
+    for name, start in before.items():
+        (kept,) = [
+            p
+            for full, p in after.items()
+            if full.replace(".base_layer", "").endswith(f"model.{name}")
+        ]
+        assert torch.equal(kept, start)
+
+
 def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeypatch):
     """The first two columns are the pairs. The library's trainer is not run."""
     library = SimpleNamespace(SentenceTransformerTrainer=MagicMock())
@@ -348,6 +438,10 @@ def test_caption_ids_are_equal_if_captions_are():
     # Every process, and so every rank, has these.
     assert balanced[:2].tolist() == [5095196689493919501, 2722107349664876926]
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
+    padded = [torch.nn.functional.pad(tokens, (0, count), value=50283) for count in (1, 3)]
+    first, second = (caption_ids(x, pad_id=50283) for x in padded)
+    assert torch.equal(first, second)
+    assert torch.equal(first[:, None] == first, ids[:, None] == ids)
 
 
 def test_compiled_caption_ids_are_those_of_eager_code():
