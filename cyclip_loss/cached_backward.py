@@ -112,8 +112,8 @@ def cached_backward(
     The gradients are exact if the second run repeats the first. It does so with random numbers from
     Python's, NumPy's and PyTorch's default generators, on the CPU and the inputs' devices; and with
     the state of the modules, which forward may change, replace and add: submodules, buffers, and
-    attributes that are numbers, strings, None, generators, or lists, tuples and dicts of them. A
-    counter counts once for each mini-batch. Batch normalisation in training mode uses the
+    attributes that are numbers, strings, None, generators, or lists, tuples, sets and dicts of
+    them. A counter counts once for each mini-batch. Batch normalisation in training mode uses the
     statistics of each mini-batch, so the gradients are not those of the whole batch.
 
     The second run does not repeat the first if the outputs depend on something else that forward
@@ -126,9 +126,9 @@ def cached_backward(
     it. Not noticed are a smaller difference, one in values that are not floating-point tensors, and
     a number that only scales features before they are normalised.
 
-    Try a new model with one mini-batch first: only there does PyTorch notice that forward changes in
-    place what backward needs. And what is not restored, forward changes twice in a step: update a
-    momentum encoder outside of forward, and register tensors that change as buffers.
+    Try a new model with one mini-batch first: only there does PyTorch notice that forward changes
+    in place what backward needs. And what is not restored, forward changes twice in a step: update
+    a momentum encoder outside of forward, and register tensors that change as buffers.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N

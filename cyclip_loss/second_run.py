@@ -1,6 +1,7 @@
 """What both runs of `cached_backward` on a mini-batch must share: the model's state and outputs."""
 
 import random
+from collections import deque
 from copy import deepcopy
 from typing import Any, NamedTuple
 from weakref import ref
@@ -8,9 +9,10 @@ from weakref import ref
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+CONTAINERS = (list, tuple, set, frozenset, deque)
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 # The attributes that every module has, such as its hooks.
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
@@ -159,7 +161,7 @@ class Copies:
 
 
 def _copied(value: Any, memo: Any) -> Any:
-    """A copy of numbers, strings, generators, and lists and dicts of them; of all else `...`.
+    """A copy of numbers, strings, generators, and containers of them; of all else `...`.
 
     A copy of other objects could hold a copy of the model. Other tensors may be large: models keep
     attention maps in attributes.
@@ -168,11 +170,15 @@ def _copied(value: Any, memo: Any) -> Any:
         return value
 
     def is_copied(x: Any) -> bool:
+        if isinstance(x, dict):
+            return all(map(is_copied, (*x.keys(), *x.values())))
+        if isinstance(x, CONTAINERS):
+            return all(map(is_copied, x))
         if isinstance(x, Tensor):
             return not x.ndim and not x.requires_grad
         return isinstance(x, (*PLAIN, *GENERATORS, np.generic))
 
-    return deepcopy(value, memo) if all(map(is_copied, tree_leaves(value))) else ...
+    return deepcopy(value, memo) if is_copied(value) else ...
 
 
 def sample_of(output: Any) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def compare_steps(
     kind=Model,
 ):
     """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives."""
+    ids = None if ids is None else ids.to(own_device())
     model, expected_model = wrap(make(kind=kind)), make(kind=kind)
     loss_fn, batch = CyCLIPLoss(reference_batch_size=16), inputs(count=2 if ids is None else 5)
     for _ in range(2):  # gradients add up

@@ -5,6 +5,7 @@ A norm follows, so a wrong scale changes gradients, and not outputs.
 
 import itertools
 import random
+from collections import Counter as Counts
 from copy import deepcopy
 
 import numpy as np
@@ -96,6 +97,18 @@ class Containers(Scaled):
         return self.state["calls"] * sum(self.state["history"])
 
 
+class OfModules(Scaled):
+    """Dicts of other kinds, a set; and a dict by module, whose copy would have other keys."""
+
+    def setup(self):
+        self.calls, self.seen, self.scales = Counts(), set(), {self.tower: 2.0}
+
+    def factor(self, x):
+        self.calls["forward"] += 1
+        self.seen.add(self.calls["forward"])
+        return self.calls["forward"] * len(self.seen) * self.scales[self.tower]
+
+
 class FirstCall(Scaled):
     """An attribute that the first call sets."""
 
@@ -149,7 +162,7 @@ class Queue(Scaled):
 
 KINDS = [
     Counter, InASubmodule, PythonsRandom, NumPysRandom, OwnGenerators, Annealed, Containers,
-    FirstCall, Replaced, Uncounted, Queue,
+    OfModules, FirstCall, Replaced, Uncounted, Queue,
 ]  # fmt: skip
 
 
@@ -180,7 +193,8 @@ def plain_state(model):
         name: value
         for module in model.modules()
         for name, value in vars(module).items()
-        if isinstance(value, int | float | dict | list) and name not in ("generators", "training")
+        if isinstance(value, int | float | dict | list)
+        and name not in ("generators", "scales", "training")
         if not name.startswith("_")
     }
 
