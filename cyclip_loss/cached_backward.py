@@ -7,26 +7,51 @@ Its backward runs the model again, on one mini-batch after the other, the last o
 autograd graph, so each parameter gets its gradient once, and DDP and FSDP reduce it once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from cyclip_loss.options import integer
-from cyclip_loss.second_run import buffers_of, differs, sample_of, set_buffers
+from cyclip_loss.second_run import Copies, differs, is_unequal, sample_of, set_state, state_of
+
+SECOND_RUN = (
+    "the second run of a mini-batch differs from the first: {}. The gradients were accumulated, "
+    "and are wrong. The model depends on something that forward changes and that is not restored: "
+    "a parameter, as of a momentum encoder (update it outside of forward), a module or a tensor "
+    "that is not registered, an object of another kind, a variable outside of the modules, or "
+    "random numbers of another device"
+)
+UNEQUAL = (
+    "the mini-batches have different outputs {}, of which only the last was used, so the gradients "
+    "are wrong. Outputs of fewer than two dimensions must not depend on the inputs: return one "
+    "number per row with the shape (n, 1), and leave out by output_transform what the loss ignores"
+)
+UNNOTICED = (
+    "forward changed the buffers {} uncounted by PyTorch, such as through `.data`, and not in the "
+    "first mini-batch, so the gradients are wrong: change them in place in torch.no_grad()"
+)
 
 
 def cached_backward(
     model: nn.Module,
     loss_fn: Callable[..., Any],
-    *inputs: Tensor,
+    *inputs: Any,
     mini_batch_size: int,
+    split: Callable[[Any, int], Any] | None = None,
     output_transform: Callable[[Any], Any] = lambda output: output,
     scaler: torch.amp.GradScaler | None = None,
     uneven: bool = False,
@@ -40,22 +65,28 @@ def cached_backward(
         loss = cached_backward(model, loss_fn, images, tokens, mini_batch_size=256)
 
     The model runs twice on each mini-batch, forward and then forward and backward. The second run
-    has the random numbers of the first run, and the buffers that it saw. Then the buffers are as
-    the first runs left them. The loss is computed once. With one mini-batch, the model runs once.
-    Memory holds the activations of one mini-batch, the features of the whole batch with their
-    gradients, and a copy of the buffers for each mini-batch.
+    has the random numbers and the state of the first run. Then the state is as the first runs left
+    it. The loss is computed once. With one mini-batch, the model runs once. Memory holds the
+    activations of one mini-batch, the features of the whole batch with their gradients, one copy of
+    the buffers, and for each mini-batch a copy of those that change.
 
     Args:
         model: a module that returns a tuple or a dict, as OpenCLIP's models do. Tensors of two or
             more dimensions, such as features (n, D), are concatenated along their first dimension,
             whose size n is free: a model may return further features of views or negatives, and
-            None in their place for some mini-batches. Other tensors, such as the logit scale, must
-            not depend on the inputs. They and all other values are taken from the last mini-batch.
+            None in their place for some mini-batches. All other values, such as the logit scale,
+            must be the same for all mini-batches. One number per row has the shape (n, 1).
         loss_fn: any loss, also across ranks. It gets a tuple by position, and a dict by keyword. It
             returns a scalar, or a dict of terms that sum to the loss.
-        *inputs: the model's arguments, tensors with the same number of rows N, on its device.
+        *inputs: the model's arguments, tensors with the same number of rows N, on its device, also
+            in lists, tuples and dicts. A dict that is given alone is passed by keyword, such as the
+            batch of a Hugging Face processor. None and bools are passed to each mini-batch.
         mini_batch_size: the most rows that the model gets at a time. The rows are split into
             ceil(N / mini_batch_size) mini-batches whose sizes differ by at most one.
+        split: for inputs whose rows cannot be sliced, such as the patches of images of different
+            sizes. `split(inputs, count)` gets the tuple of the inputs, or the dict given alone, and
+            the number of mini-batches, for which N is the number of rows of the first tensor. It
+            returns a list of `count` tuples or dicts.
         output_transform: maps the model's output to the arguments of the loss, a tuple or a dict.
         scaler: for float16. `scaler.scale(loss)` is differentiated, and `loss` returned.
         uneven: whether ranks may have different numbers of mini-batches although the model
@@ -70,31 +101,34 @@ def cached_backward(
         The loss or the dict of its terms, detached.
 
     Raises:
-        ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, or the
-            model's output is no tuple or dict, or has no features.
-        TypeError: an argument has another type, or the loss is no scalar or requires no gradients.
-        RuntimeError: the second run of a mini-batch gave other outputs than the first.
+        ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, `split`
+            returns something else, the model's output is no tuple or dict, or has no features, a
+            buffer requires gradients, or a lazy module has no shape yet.
+        TypeError: an argument has another type, a buffer cannot be copied, or the loss is no scalar
+            or requires no gradients.
+        RuntimeError: the second run of a mini-batch gave other outputs than the first; a value
+            without rows differs between mini-batches; or the model changes an input in place.
 
-    The gradients are exact if the second run repeats the first. It does so with dropout and other
-    random numbers from PyTorch's default generators, on the CPU and the inputs' devices; with
-    buffers, which forward may change, replace and register; and with all that forward resets before
-    it returns, such as the training mode or an adapter that it switches off. Batch normalisation in
-    training mode uses the statistics of each mini-batch, so the gradients are not those of the
-    whole batch. Its running statistics are updated once for each mini-batch.
+    The gradients are exact if the second run repeats the first. It does so with random numbers from
+    Python's, NumPy's and PyTorch's default generators, on the CPU and the inputs' devices; and with
+    the state of the modules, which forward may change, replace and add: submodules, buffers, and
+    attributes that are numbers, strings, None, generators, or lists, tuples, sets and dicts of
+    them. A counter counts once for each mini-batch. Batch normalisation in training mode uses the
+    statistics of each mini-batch, so the gradients are not those of the whole batch.
 
     The second run does not repeat the first if the outputs depend on something else that forward
-    changes: parameters, as of a momentum encoder; a counter or a list in an attribute; a module
-    that is not registered; a tensor that shares its memory with a buffer; the inputs themselves; or
-    random numbers from Python, NumPy, a `torch.Generator` or another device. So both runs are
-    compared, by about 1,000 elements of each output. An error names the outputs that differ by more
-    than rounding explains: by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It
-    comes after backward: discard the gradients, to which the wrong ones were added. Of several
-    ranks, one alone may raise it.
+    changes: parameters, as of a momentum encoder; larger tensors, arrays and other objects in
+    attributes; modules that are not registered; what hooks and functions hold; variables of classes
+    and of files; or random numbers of another device. So both runs are compared, by about 1,000
+    elements of each output. An error names the outputs that differ by more than rounding explains:
+    by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It comes after backward:
+    discard the gradients, to which the wrong ones were added. Of several ranks, one alone may raise
+    it. Not noticed are a smaller difference, one in values that are not floating-point tensors, and
+    a number that only scales features before they are normalised.
 
-    Two things are yours to avoid. A smaller difference is not noticed, nor one in values that are
-    not floating-point tensors. And what forward changes besides buffers, it changes twice in a
-    step: update a momentum encoder or a counter outside of forward, and register tensors that
-    change as buffers. A buffer must not require gradients.
+    Try a new model with one mini-batch first: only there does PyTorch notice that forward changes
+    in place what backward needs. And what is not restored, forward changes twice in a step: update
+    a momentum encoder outside of forward, and register tensors that change as buffers.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N
@@ -130,41 +164,73 @@ def cached_backward(
         kind = cached_backward.__annotations__[name]
         if not isinstance(locals()[name], kind):
             raise TypeError(f"{name} must be {kind}, got {locals()[name]!r:.80}")
-    for x in inputs:
-        if not isinstance(x, Tensor) or not x.ndim:
-            raise TypeError(f"inputs must be tensors with rows, got {x!r:.80}")
-    rows = [len(x) for x in inputs]
-    if len(set(rows)) != 1:
-        raise ValueError(f"inputs must have the same number of rows, got {rows}")
     if integer("mini_batch_size", mini_batch_size) < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
-    count = -(-rows[0] // int(mini_batch_size)) or 1
+    is_dict = len(inputs) == 1 and isinstance(inputs[0], Mapping)
+    batch = inputs[0] if is_dict else inputs
+    # PyTorch's trees do not know the dicts of Hugging Face's processors.
+    paths, spec = tree_flatten_with_path(
+        tree_map(lambda x: dict(x) if isinstance(x, Mapping) else x, batch)
+    )
+    with_rows = {keystr(path): x for path, x in paths if isinstance(x, Tensor) and x.ndim}
+    if split is None:
+        _check_rows(paths)
+    if not with_rows:
+        raise ValueError("inputs must have tensors with rows, got none")
+    first = next(iter(with_rows.values()))
+    count = -(-first.size(0) // int(mini_batch_size)) or 1
     if uneven:
-        largest = torch.tensor(count, device=inputs[0].device)
+        largest = torch.tensor(count, device=first.device)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, process_group)
         count = int(largest)
+    if count == 1:
+        mini_batches = [batch]
+    elif split:
+        mini_batches = [dict(x) if isinstance(x, Mapping) else x for x in split(batch, count)]
+        kinds = {isinstance(x, dict | tuple | list) for x in mini_batches}
+        if len(mini_batches) != count or kinds != {True}:
+            raise ValueError(
+                f"split must return {count} mini-batches, each a tuple or a dict of the model's "
+                f"arguments, got {len(mini_batches)}: {mini_batches!r:.80}"
+            )
+    else:
+        parts = [x.tensor_split(count) if isinstance(x, Tensor) else [x] * count for _, x in paths]
+        mini_batches = [tree_unflatten(part, spec) for part in zip(*parts, strict=True)]
+    if count > 1 and any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ValueError("model has lazy modules without a shape: call it once on a few rows first")
 
-    mini_batches = [*zip(*(x.tensor_split(count) for x in inputs), strict=True)]
-    # Of the first run of each mini-batch: the buffers that it saw, and a sample of its outputs.
-    # Finally, the buffers to keep.
+    def outputs_of(mini_batch: Any) -> Any:
+        is_dict = isinstance(mini_batch, Mapping)
+        output = output_transform(model(**mini_batch) if is_dict else model(*mini_batch))
+        # PyTorch's trees do not look into subclasses, whose rows would not be joined.
+        if isinstance(output, Mapping):
+            return dict(output)
+        return tuple(output) if isinstance(output, tuple | list) else output
+
+    copies = Copies()
+    # Of the first run of each mini-batch: the states that it saw, and a sample of its outputs.
     noted: Any = {}
-    comparisons: Any = []
+    samples: Any = {}
+    final: Any = []  # the state to keep
+    # By error, whether it applies to a name. Only the end waits for a GPU.
+    found: Any = {SECOND_RUN: {}, UNEQUAL: {}, UNNOTICED: {}}
 
     def run(index: int, *_: Tensor) -> Any:
         no_early_stop.close()
         # If mini-batches shared weights in 16 bits, their gradients would be summed in 16 bits.
         torch.clear_autocast_cache()
         again = index in noted
-        if again:
-            noted.setdefault("final", buffers_of(model))
-        before = iter(deepcopy(noted.setdefault(index, [])))
+        if again and not final:
+            final.append(state_of(model))
+            found[UNNOTICED] = copies.unnoticed(final[0])
+        before = iter(noted.setdefault(index, []))
 
         def start(module: nn.Module, *_: Any) -> None:
-            """Note the buffers with which a module starts or, in the second run, set them."""
+            """Note the state with which a module starts or, in the second run, set it."""
             if again:
-                set_buffers(next(before))
+                set_state(copies.restored(next(before)))
             else:
-                noted[index].append(deepcopy(buffers_of(module)))
+                noted[index].append(copies.noted(state_of(module), index))
 
         start(model)
         with ExitStack() as stack:
@@ -179,19 +245,29 @@ def cached_backward(
                         )
                     if again or index:
                         stack.enter_context(patch.object(module, "forward", module.module.__call__))
-            output = output_transform(model(*mini_batches[index]))
-            # PyTorch's trees do not look into subclasses, whose rows would not be joined.
-            if isinstance(output, dict):
-                output = dict(output)
-            elif isinstance(output, tuple | list):
-                output = tuple(output)
+            versions = [
+                (keystr(path), x, x._version)
+                for path, x in tree_flatten_with_path(mini_batches[index])[0]
+                if isinstance(x, Tensor) and x.is_floating_point() and not x.is_inference()
+            ]
+            output = outputs_of(mini_batches[index])
+        for name, x, version in versions:
+            if x._version != version:
+                raise RuntimeError(
+                    f"the model changes its input {name} in place, and the second run needs it as "
+                    "it was: copy it in forward"
+                )
         sample = sample_of(output)
-        comparisons.append(tree_map(differs, noted.setdefault((index, "sample"), sample), sample))
+        first = samples.setdefault(index, sample)
+        differing = found[SECOND_RUN]
+        for name in {**first, **sample}:
+            is_other = differs(first.get(name), sample.get(name))
+            differing[name] = differing.get(name, False) | is_other
         return output
 
     outputs = []
     if count == 1:
-        outputs.append(output_transform(model(*inputs)))
+        outputs.append(outputs_of(batch))
     else:
         with ExitStack() as no_early_stop:
             for index, mini_batch in enumerate(mini_batches):
@@ -199,8 +275,10 @@ def cached_backward(
                 # Checkpoints in the model may stop early: `run` starts with the user's setting.
                 no_early_stop.enter_context(set_checkpoint_early_stop(False))
                 # `run` takes the inputs themselves. The checkpoint needs to know their devices.
-                data = [x.data for x in mini_batch]
+                data = [x.data for x in tree_leaves(mini_batch) if isinstance(x, Tensor)]
                 outputs.append(checkpoint(run, index, *data, use_reentrant=False))
+    unequal = tree_map(_unequal, *outputs)
+    found[UNEQUAL] = {keystr(path): x for path, x in tree_flatten_with_path(unequal)[0]}
     joined = tree_map(_joined, *outputs)
     args = joined if isinstance(joined, tuple | list) else ()
     kwargs = joined if isinstance(joined, dict) else {}
@@ -218,24 +296,43 @@ def cached_backward(
         del outputs, joined, args, kwargs
         with torch.autocast(total.device.type, enabled=False):
             torch.autograd.backward(scaler.scale(total) if scaler else total)
+    except CheckpointError as error:
+        raise RuntimeError(SECOND_RUN.format("what it computes")) from error
     finally:
-        set_buffers(noted.get("final", []))
-        for comparison in comparisons:
-            if any(tree_leaves(comparison)):
-                raise RuntimeError(
-                    "the second run of a mini-batch gave other outputs than the first (True): "
-                    f"{tree_map(bool, comparison)}. The gradients were accumulated, and are wrong. "
-                    "The outputs depend on something that forward changes and that is no buffer: a "
-                    "momentum encoder or a counter (update it outside of forward), a module that "
-                    "is not registered, another reference to a buffer, an input changed in place, "
-                    "or random numbers that are not from PyTorch's default generators"
-                )
+        if final:
+            set_state(final[0])
+    for message, flags in found.items():
+        names = [name for name, flag in flags.items() if flag]
+        if names:
+            raise RuntimeError(message.format(", ".join(names)))
     return tree_map_only(Tensor, Tensor.detach, loss)
+
+
+def _check_rows(leaves: Any) -> None:
+    """Raise an error unless each leaf has the same number of rows, or is None or a bool."""
+    rows = {}
+    for path, x in leaves:
+        name = f"inputs{keystr(path)}"
+        if isinstance(x, Tensor) and x.ndim and not x.is_nested:
+            rows[name] = x.size(0)
+        elif x is not None and not isinstance(x, bool):
+            raise TypeError(f"{name} must be a tensor with rows, or pass split=, got {x!r:.80}")
+    if len({*rows.values()}) > 1:
+        raise ValueError(f"inputs must have the same number of rows, or pass split=, got {rows}")
+
+
+def _has_rows(values: Any) -> bool:
+    # Features have two dimensions or more, and a logit scale has none or one.
+    return any(getattr(x, "ndim", 0) > 1 for x in values)
 
 
 def _joined(*values: Any) -> Any:
     """The rows of all mini-batches; for what has no rows, the value of the last."""
-    # Features have two dimensions or more, and a logit scale has none or one.
-    if any(getattr(x, "ndim", 0) > 1 for x in values):
-        return torch.cat([x for x in values if x is not None])
-    return values[-1]
+    return torch.cat([x for x in values if x is not None]) if _has_rows(values) else values[-1]
+
+
+def _unequal(*values: Any) -> Any:
+    """Whether the values of what has no rows are not the same in all mini-batches."""
+    if _has_rows(values):
+        return False
+    return sum(is_unequal(x, values[-1]) for x in values[:-1])

@@ -155,7 +155,7 @@ def sum_of_rows(features: Tensor) -> Tensor:
     (_, d), dtype = features.shape, accumulation_dtype(features.dtype)
     strips = [features]
     if not is_traced(features):
-        strips = [*features.split(rows_per_strip(d, features.device))]
+        strips = [*torch.split(features, rows_per_strip(d, features.device))]
     return reduce(torch.add, [x.sum(dim=0, dtype=dtype) for x in strips])
 
 

@@ -122,6 +122,7 @@ def variants(arch: str, features: str) -> list[Variant]:
     """
     dtype, is_exact = FEATURES[features]
     distinct, both = torch.arange(N), (True, True)
+    losses: tuple[Any, ...] = (CyCLIPLoss, partial(CyCLIPLoss, centered=True), CySigLIPLoss)
     cases = (
         (64, None, "ignored", both),
         (70, None, "ignored", both),
@@ -131,9 +132,7 @@ def variants(arch: str, features: str) -> list[Variant]:
         (64, None, "ignored", (False, True)),
     )
     with no_device(arch, is_exact) as binaries:
-        for make, (d, ids, same_ids, trained), output_dict in product(
-            (CyCLIPLoss, partial(CyCLIPLoss, centered=True), CySigLIPLoss), cases, (True, False)
-        ):
+        for make, (d, ids, same_ids, trained), output_dict in product(losses, cases, (True, False)):
             pairs = zip(Run(torch.device("cpu")).pairs(N, d, dtype), trained, strict=True)
             image, text = (x.requires_grad_(is_trained) for x, is_trained in pairs)
             loss: Any = make(reference_batch_size=128, same_ids=same_ids, impl="triton")

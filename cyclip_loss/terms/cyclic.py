@@ -49,7 +49,8 @@ def start(batch: Batch, plan: Plan) -> Started:
         if plan.centered:
             # For autograd the means are constants: the gradients of a function of centred features
             # sum to 0 over the rows, so what the means would add to them is 0.
-            sums, count = torch.cat([sum_of_rows(x) for x in features]), features[0].shape[0]
+            count: Any = features[0].shape[0]
+            sums = torch.cat([sum_of_rows(x) for x in features])
             if ranks.size > 1:
                 summed = collectives.all_reduce(_with_count(sums, features), "sum", ranks)
                 sums, count = summed[:-1], summed[-1]

@@ -123,6 +123,7 @@ def compare_steps(
     kind=Model,
 ):
     """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives."""
+    ids = None if ids is None else ids.to(own_device())
     model, expected_model = wrap(make(kind=kind)), make(kind=kind)
     loss_fn, batch = CyCLIPLoss(reference_batch_size=16), inputs(count=2 if ids is None else 5)
     for _ in range(2):  # gradients add up
@@ -318,7 +319,6 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model():
             True,
         ),
         (lambda x, y, call: y[:, call // 3 :], torch.float32, False, True),
-        (lambda x, y, call: (y, x.mul_(2))[0], torch.float32, False, True),
     ],
 )
 def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
@@ -327,7 +327,7 @@ def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
     """change(x, y, call): the output of a tower instead of y = tower(x). Calls 0 to 2 are first."""
     model, calls = make(training=False).float(), itertools.count()
     model.image.register_forward_hook(lambda _, args, output: change(*args, output, next(calls)))
-    message = "'image_features': True, 'text_features': False"
+    message = r"differs from the first: (\['image_features'\]|what it computes)\."
     raises = pytest.raises(RuntimeError, match=message) if is_error else nullcontext()
     with raises, torch.autocast(device.type, enabled=autocast):
         cached_backward(
@@ -500,9 +500,10 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column):
     [
         ({"mini_batch_size": 0}, ValueError, "mini_batch_size must be at least 1, got 0"),
         ({"mini_batch_size": 2.5}, TypeError, "mini_batch_size must be an integer, got 2.5"),
-        ({"inputs": [torch.ones(3, 6), torch.ones(2, 5)]}, ValueError, r"rows, got \[3, 2\]"),
-        ({"inputs": [np.ones((9, 9))]}, TypeError, "inputs must be tensors"),
-        ({"inputs": [torch.tensor(1.0)]}, TypeError, "inputs must be tensors with rows"),
+        ({"inputs": [torch.ones(3, 6), torch.ones(2, 5)]}, ValueError, r"'inputs\[1\]': 2}"),
+        ({"inputs": [np.ones((9, 9))]}, TypeError, r"inputs\[0\] must be a tensor"),
+        ({"inputs": [torch.tensor(1.0)]}, TypeError, r"inputs\[0\] must be a tensor with rows"),
+        ({"inputs": []}, ValueError, "inputs must have tensors with rows"),
         ({"output_transform": lambda output: {"logit_scale": 1.0}}, ValueError, "features"),
         ({"loss_fn": lambda image_features, **_: image_features}, TypeError, "return a scalar"),
         ({"loss_fn": lambda **_: torch.tensor(1.0)}, TypeError, "require gradients"),

@@ -136,6 +136,53 @@ def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains():
     assert not torch.equal(model.text_projection, start.text_projection)
 
 
+class PackedImages(torch.nn.Module):
+    """As a vision-language model: the patches of all images follow each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.words = torch.nn.Linear(6, 4), torch.nn.Embedding(9, 4)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, input_ids, attention_mask, pixel_values, image_grid_thw):
+        patches = self.patch(pixel_values).exp().split(image_grid_thw.prod(1).tolist())
+        images = torch.stack([x.mean(0) for x in patches])
+        texts = (self.words(input_ids) * attention_mask[..., None]).sum(1)
+        return normalize(images), normalize(texts), self.logit_scale.exp()
+
+
+def packed_batch():
+    grid = torch.tensor([(1, 2 + row % 3, 4) for row in range(37)])
+    return {
+        "input_ids": torch.randint(9, (37, 3)),
+        "attention_mask": torch.tensor([1, 1, 0]).expand(37, 3),
+        "pixel_values": torch.randn(int(grid.prod(1).sum()), 6),
+        "image_grid_thw": grid,
+    }
+
+
+def test_batches_of_hugging_faces_processors_are_split():
+    """A dict by keyword, and packed images of different sizes: the gradients of the whole batch."""
+    transformers = pytest.importorskip("transformers")
+    images, tokens = batch()
+    clip = {"pixel_values": images, "input_ids": tokens, "attention_mask": tokens.ne(0).long()}
+    packed = packed_batch()
+    clip_model, packed_model = recipe_cases.tiny_hugging_face(), PackedImages()
+    names = {"model": clip_model, "loss_fn": CyCLIPLoss(), "texts": None, "images": None}
+    processor = MagicMock(return_value=transformers.BatchEncoding(clip))
+    run(recipe_cases.LARGE_BATCH, 4, **names, processor=processor)
+    run(recipe_cases.LARGE_BATCH, 5, **{**names, "model": packed_model, "batch": packed})
+    for model, inputs in ((clip_model, clip), (packed_model, packed)):
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        out = model(**inputs)
+        if model is clip_model:
+            out = out.image_embeds, out.text_embeds, model.logit_scale.exp()
+        CyCLIPLoss()(*out).backward()
+        expected = [p.grad for p in model.parameters()]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_siglips_recipe_has_open_clips_term_and_cocas_the_penalties():
     images, tokens = batch()
     clip, coca = tiny_clip(), recipe_cases.tiny_coca()
