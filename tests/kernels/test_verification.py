@@ -166,8 +166,8 @@ def without_tile_of_g(original, logits, saved, needs, float32_grads):
     return grads
 
 
-def without_rows(original, image, text, with_cross):
-    return original(image[16:], text[16:], with_cross)
+def without_rows(original, image, text, means, with_cross):
+    return original(image[16:], text[16:], means, with_cross)
 
 
 LSE_FAULTS = {
@@ -202,13 +202,13 @@ def calls(dtype, d):
     features, one, vector = torch.ones(2, d, dtype=dtype), torch.ones(()), torch.ones(2)
     logits = Logits(features, features, one, None, None, 0, True, False)
     saved = SavedStatistics(vector, vector, vector, one)
-    grams = [torch.ones(d, d)] * 3
+    means, grams = torch.ones(2, d), [torch.ones(d, d)] * 3
     return {
         LSE: (logits,),
         GRADS: (logits, saved, [True] * 3, False),
         SIGMOID: (logits, -one, "sigmoid", 1.0, [True] * 3),
-        GRAMS: (features, features, True),
-        CYCLIC_GRADS: (features, features, grams),
+        GRAMS: (features, features, means, True),
+        CYCLIC_GRADS: (features, features, means, grams),
     }
 
 
