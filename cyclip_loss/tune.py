@@ -71,8 +71,8 @@ def calls(kernel: str, image: Tensor) -> Any:
     """
     (n, d), text, one = image.shape, image.flip(0), torch.ones((), device=image.device)
     logits = Logits(image, text, 50 * one, None, None, 0, True, False)
-    lse = 12 * one.repeat(n)  # about that of random logits
-    saved = SavedStatistics(lse, lse, 0 * lse, one * 0.5 / n)
+    divisor = 12 * one.repeat(n)  # about that of random logits
+    saved = SavedStatistics(divisor, divisor, 0 * divisor, one * 0.5 / n)
     grams, means = torch.randn(3, d, d, device=image.device), image[:2].float()
     needs = [[multiplies, multiplies, True] for multiplies in (False, True)]
     return {

@@ -153,8 +153,8 @@ class VerifiedKernels:
         if function == "contrastive_grads":  # about what a loss gives for these logits
             logits = tree_map_only(Tensor, _widened, batch[0])
             lse = eager.contrastive_lse(logits)
-            unit = torch.full_like(logits.logit_scale, -1.5)
-            saved = lse.of_rows, lse.of_columns + 0.5, -torch.sigmoid(lse.pair_logits - 5), unit
+            scale = torch.full_like(logits.logit_scale, -1.5)
+            saved = lse.of_rows, lse.of_columns + 0.5, -torch.sigmoid(lse.pair_logits - 5), scale
             batch[1] = SavedStatistics(*(x.float() for x in saved))
         return batch
 

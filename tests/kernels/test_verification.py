@@ -160,8 +160,9 @@ def without_tile(index, original, *arguments):
 def without_tile_of_g(original, logits, saved, needs, float32_grads):
     """The gradients of 128 rows lack what 128 columns add to them."""
     grads = original(logits, saved, needs, float32_grads)
-    parts = saved.row_lse[:128], saved.column_lse[:128], saved.pair_gradient[:128], saved.unit
-    tile = original(logits.block(0, 128, 0, 128), SavedStatistics(*parts), needs, float32_grads)
+    vectors = [vector[:128] for vector in saved[:3]]
+    saved = SavedStatistics(*vectors, saved.upstream_scale)
+    tile = original(logits.block(0, 128, 0, 128), saved, needs, float32_grads)
     grads.rows[:128] -= tile.rows
     return grads
 
