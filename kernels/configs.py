@@ -131,8 +131,6 @@ _SM80 = _tables(
     gram=_SM80_GRAM,
     cyclic=(64, 64, 32, 4, 3),
 )
-# With 3 stages, centred float16 features would spill registers.
-_SM80["cyclic_grads"][HALF] = replace(_SM80["cyclic_grads"][HALF], num_stages=2)
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
 _SM86_SWEEP = (_SM80_HALF, (128, 128, 32, 2, 4, 2))
 _SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, (64, 64, 32, 4, 2))
