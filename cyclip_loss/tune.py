@@ -95,7 +95,7 @@ def trial(kernel: str, image: Tensor, arguments: list[Any], config: Any) -> floa
     configs.tuned(image.device)[key] = config
     try:
         for call in arguments:
-            verified("triton", image).compare(kernel, call)
+            verified("triton", image).verify(kernel, call)
         launch = partial(getattr(kernels, kernel), *arguments[0])
         ms = 0.0 if kernels.INTERPRETED else do_bench(launch, return_mode="median")
         outcome = f"{ms:.3f} ms"

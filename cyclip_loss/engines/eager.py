@@ -92,8 +92,8 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
 def contrastive_lse(logits: Logits, exponentials: SharedExponentials | None = None) -> BlockLse:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
-    With `exponentials`, which are filled for backward, one exponential of each logit serves both. With
-    E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
+    With `exponentials`, which are filled for backward, one exponential of each logit serves both.
+    With E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
     w_i = exp(m_i - max m). Each w_i E_ij may lose 3 * tiny, the smallest normal number, where a
     factor or the product underflows: a column 3 n * tiny. In a sum of 4 n * tiny / eps or more,
     that is less than its rounding. If a sum is smaller (e^-61 for n = 4,096 in float32, where the

@@ -4,8 +4,8 @@
 
     forward    all-gather of the text features (started early, in `terms/contrastive.py`);
                all-reduces of the maxima of N columns, and of their sums
-    backward   all-reduce of the sign of `upstream_scale` and, for float16, of a maximum; all-gather of N
-               elements; reduce-scatter of the text gradients (N, D)
+    backward   all-reduce of the sign of `upstream_scale` and, for float16, of a maximum; all-gather
+               of N elements; reduce-scatter of the text gradients (N, D)
 
 "ring": each rank passes a block of n text rows on to the next rank. After W steps every row has met
 every column, in O(n D) memory per rank. Each block's column sums follow it one step later, and
