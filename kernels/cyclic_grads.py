@@ -56,11 +56,12 @@ def factors_kernel(
     size = padded_d * padded_d
     tl.store(factors + matrix.to(tl.int64) * size + index, factor, mask=index < size)
     if means is not None:
-        is_mean = (index < padded_d) & (matrix == 0)
-        image_mean = tl.load(means + index, is_mean, 0.0)
-        text_mean = tl.load(means + padded_d + index, is_mean, 0.0)
-        tl.store(u_v_means + index, image_mean + text_mean, mask=is_mean)
-        tl.store(u_v_means + padded_d + index, image_mean - text_mean, mask=is_mean)
+        if matrix == 0:
+            is_mean = index < padded_d
+            image_mean = tl.load(means + index, is_mean, 0.0)
+            text_mean = tl.load(means + padded_d + index, is_mean, 0.0)
+            tl.store(u_v_means + index, image_mean + text_mean, mask=is_mean)
+            tl.store(u_v_means + padded_d + index, image_mean - text_mean, mask=is_mean)
 
 
 @triton.jit(do_not_specialize=["n"])
