@@ -80,15 +80,15 @@ class Plan(NamedTuple):
 
     # "dense": N x N matrices, by plain PyTorch; "streamed": logits in blocks; "none": no term.
     contrastive: str
-    # "dense"; "gram": D x D Gram matrices; "zero": both lambdas are 0, but the terms are returned;
+    # "dense"; "gram": D x D Gram matrices; "zeros": both lambdas are 0, but the terms are returned;
     # "none": both lambdas are 0.
     penalties: str
-    # "eager", "triton", or "verified triton". While traced, one of `options.IMPLS`: the operators
-    # choose when they run.
-    engine: str
-    # Of at most so many logits of a call, forward keeps the exponentials for backward. -1: the two
-    # share no exponentials. Only the eager engine on a CPU shares them, and not in a ring.
-    kept_exponentials: int
+    impl: str  # the engine that was asked for, or "eager" if that one computes anyway
+    # Whether rows and columns share one exponential of each logit: only in the eager engine on a
+    # CPU, and not in a ring.
+    shares_exponentials: bool
+    # Of at most so many logits of a call, forward keeps these exponentials for backward.
+    max_kept_exponentials: int
     strategy: str  # how columns reach the rows of other ranks, a name in `ranks.exchange`
     output_dict: bool  # whether the terms are returned one by one
     with_cross: bool  # whether the penalties need the Gram matrix C

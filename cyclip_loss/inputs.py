@@ -8,7 +8,7 @@ call and its bounds.
 
 from collections.abc import Hashable
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -31,8 +31,8 @@ from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Of further features, those that are compared with the images.
-IMAGES_MEET = ("negative_text", "augmented_image")
+# Of further features, those that are compared with the images; the others are with the texts.
+COMPARED_WITH_IMAGES = ("negative_text", "augmented_image")
 # Modules and functions whose inputs were checked. Copies of a module are checked again.
 _checked: WeakSet[Any] = WeakSet()
 
@@ -81,7 +81,7 @@ def prepare(
     ids = check_ids("ids", further.pop("ids"), images)
     if ids is None and positives:
         raise ValueError("same_ids='positives' needs ids, got None")
-    found = [("text_features", images, texts, ids, ids, 0)]
+    found = [_Columns("text_features", texts, ids, images, ids, True)]
     further = {name: value for name, value in further.items() if value is not None}
     for name, features in further.items():
         kind, _, what = name.rpartition("_")
@@ -89,7 +89,7 @@ def prepare(
             if f"{kind}_features" not in further:
                 raise ValueError(f"{name} needs {kind}_features, got None")
             continue
-        has_pairs, of_images = kind.startswith("augmented"), kind in IMAGES_MEET
+        has_pairs, of_images = kind.startswith("augmented"), kind in COMPARED_WITH_IMAGES
         missing = {"augmented_image_features", "augmented_text_features"} - {*further}
         if has_pairs and missing:
             raise ValueError(f"augmented features go together: {missing.pop()} is None")
@@ -101,19 +101,20 @@ def prepare(
             column_ids = check_ids(f"{kind}_ids", further.get(f"{kind}_ids"), columns)
             if column_ids is not None and ids is None:
                 raise ValueError(f"{kind}_ids needs ids, got None")
-            # Its NaN has to reach the scale: its own logits may be -inf or masked.
-            zero = (columns - columns).detach()
-            columns, scale = columns + zero, scale + zero.sum()
+            # NaN for features that are not finite, whose own logits may be -inf or masked. It has
+            # to reach the scale.
+            zero_or_nan = (columns - columns).detach()
+            columns, scale = columns + zero_or_nan, scale + zero_or_nan.sum()
         row_ids = None if column_ids is None else ids
-        found.append((name, rows, columns, row_ids, column_ids, 0 if has_pairs else NO_PAIRS))
+        found.append(_Columns(name, columns, column_ids, rows, row_ids, has_pairs))
     counted: dict[str, Ranks] = {}
     if ranks.size > 1:
         function = function or type(options).__name__
         counted = _agreed_ranks(function, options, found, [scale, bias], output_dict, ranks)
         ranks = counted["image_features and text_features"]
     comparisons: list[Comparison] = []
-    for name, rows, columns, row_ids, column_ids, partner_offset in found:
-        columns_of_ranks, has_pairs = counted.get(name, ranks), partner_offset == 0
+    for name, columns, column_ids, rows, row_ids, has_pairs in found:
+        columns_of_ranks = counted.get(name, ranks)
         if not has_pairs and columns_of_ranks.total_rows(columns.shape[0]) == 0:
             continue
         logits = Logits(
@@ -122,12 +123,23 @@ def prepare(
             scale,
             row_ids,
             column_ids,
-            partner_offset,
+            0 if has_pairs else NO_PAIRS,
             symmetric and not comparisons,
             positives and has_pairs,
         )
         comparisons.append(Comparison(name, logits, columns_of_ranks))
     return Batch(images, texts, ranks, tuple(comparisons), bias)
+
+
+class _Columns(NamedTuple):
+    """The columns of a comparison, the rows that they are compared with, and the ids of both."""
+
+    name: str  # of the argument with the features
+    features: Tensor
+    ids: Tensor | None
+    row_features: Tensor
+    row_ids: Tensor | None
+    has_pairs: bool
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
@@ -144,7 +156,7 @@ def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
 def _agreed_ranks(
     function: str,
     options: ContrastiveOptions,
-    found: list[Any],
+    found: list[_Columns],
     scalars: list[Tensor | None],
     output_dict: bool,
     ranks: Ranks,
@@ -152,10 +164,9 @@ def _agreed_ranks(
     """The ranks with their numbers of rows, by arguments, after a comparison with the other ranks.
 
     The signature has what decides which collectives run, besides options, by the name that error
-    messages use. Raises as `check_ranks_agree`. found: of each comparison, the name, the row and
-    column features, the row and column ids, and the partner offset.
+    messages use. Raises as `check_ranks_agree`.
     """
-    images = found[0][1]
+    images = found[0].row_features
     num_rows = {
         "image_features and text_features": images.shape[0],
         "negative_text_features": 0,
@@ -163,16 +174,16 @@ def _agreed_ranks(
     }
     trains = torch.is_grad_enabled()
     differentiated, with_ids, trained = [], [], []
-    for name, rows, columns, _, column_ids, _ in found:
-        inputs = columns, rows, *scalars
+    for columns in found:
+        inputs = columns.features, columns.row_features, *scalars
         requires = [trains and x is not None and x.requires_grad for x in inputs]
         differentiated.append(any(requires))
         if requires[0]:
-            trained.append(name)
-        if column_ids is not None:
-            with_ids.append(name)
-        if name in num_rows:
-            num_rows[name] = columns.shape[0]
+            trained.append(columns.name)
+        if columns.ids is not None:
+            with_ids.append(columns.name)
+        if columns.name in num_rows:
+            num_rows[columns.name] = columns.features.shape[0]
     has_penalties = is_apart = False
     if isinstance(options, PenaltyOptions):
         has_penalties = options.has_penalties()
@@ -184,7 +195,7 @@ def _agreed_ranks(
         "whether a penalty has a weight": has_penalties,
         # More is sent for penalties that are computed one by one.
         "whether the penalties are computed apart (output_dict, or different lambdas)": is_apart,
-        "which of the augmented and negative features are given": ", ".join(x[0] for x in found),
+        "which of the augmented and negative features are given": ", ".join(x.name for x in found),
         "for which features ids are given": ", ".join(with_ids),
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# The `partner_offset` of logits without pairs. It is larger than any number of columns, and its sum
-# with a row number fits 32 bits.
+# The `partner_offset` of logits without pairs, also of their blocks, up to a number of rows. It is
+# more than twice any number of rows or columns, and its sum with a row number fits 32 bits.
 NO_PAIRS = 2**30
 
 
@@ -24,6 +24,11 @@ class Logits(NamedTuple):
     partner_offset: int
     symmetric: bool  # whether columns have log-sum-exps, too, or only rows
     positives: bool  # whether rows with the same id are positives of each other
+
+    # Not a property, which PyTorch 2.8 cannot trace.
+    def has_pairs(self) -> bool:
+        """Whether rows have partners, in this block or in another one. False: extra negatives."""
+        return abs(self.partner_offset) < NO_PAIRS // 2
 
     @property
     def pairs(self) -> tuple[slice, slice]:
@@ -83,14 +88,17 @@ class BlockLse(NamedTuple):
 class SavedStatistics(NamedTuple):
     """What gives the gradient of the logits.
 
-    That of l_ij is unit * (exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)), unless it is a pair.
-    row_lse, column_lse: each log-sum-exp, less the logarithm of (its upstream gradient / unit).
+    That of l_ij, unless it is a pair, is
+
+        upstream_scale * (exp(l_ij - row_log_divisor_i) + exp(l_ij - column_log_divisor_j))
+
+    A log divisor is a log-sum-exp, less the logarithm of (its upstream gradient / upstream_scale).
     """
 
-    row_lse: Tensor  # (n,)
-    column_lse: Tensor  # (m,), empty unless `Logits.symmetric`
+    row_log_divisor: Tensor  # (n,)
+    column_log_divisor: Tensor  # (m,), empty unless `Logits.symmetric`
     pair_gradient: Tensor  # (n,), the gradient of the pairs' logits
-    unit: Tensor  # scalar
+    upstream_scale: Tensor  # scalar, with the sign and the magnitude of the upstream gradients
 
 
 class SharedExponentials(NamedTuple):

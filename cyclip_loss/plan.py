@@ -17,7 +17,7 @@ from cyclip_loss.options import Options, PenaltyOptions
 # compiled 1.4, 1.2 and 1.1), and SigLIP's 1.4 at 128 and 1.2 at 256.
 DENSE_LIMIT = 1.0
 # Of at most this many logits (67 MB in float32), forward keeps the exponentials for backward.
-KEPT_EXPONENTIALS = 2**24
+MAX_KEPT_EXPONENTIALS = 2**24
 _log = logging.getLogger("cyclip_loss")
 
 
@@ -28,9 +28,10 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     """
     features = batch.image_features
     traced = is_traced(features)
-    engine = computes = options.impl
+    impl = engine_in_words = options.impl
     if not traced:
-        engine, computes = engines.choose(options.impl, features)
+        engine, engine_in_words = engines.choose(impl, features)
+        impl = "eager" if engine is engines.eager else impl
     logits = [x.logits for x in batch.comparisons]
     contrastive = "streamed" if logits else "none"
     penalties, with_cross, centered = "none", False, False
@@ -38,18 +39,18 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         if options.has_penalties():
             penalties, centered = "gram", options.centered
         elif not logits or (output_dict and options.returns_zero_terms):
-            penalties = "zero"
+            penalties = "zeros"
         with_cross = options.needs_cross(output_dict)
     if traced:
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
         # is one graph. On a CPU "auto" is eager, whose exponentials are shared. Else the operators
         # choose the engine when they run, and raise the errors of an eager call.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        asked = engines.IMPL_OF_AUTO if engine == "auto" else engine
+        asked = engines.IMPL_OF_AUTO if impl == "auto" else impl
         is_eager = is_compiled and features.is_cpu and asked in ("auto", "eager")
-        engine = "eager" if is_eager else engine
+        impl = "eager" if is_eager else impl
     else:
-        is_eager = engine == "eager"
+        is_eager = impl == "eager"
     # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
     may_be_dense = is_eager and (features.is_cpu or features.dtype.itemsize > 2)
     # Only code that may be dense depends on N, also when it is compiled.
@@ -63,22 +64,21 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         if logits and not logits[0].positives and max(columns) <= limit:
             contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
-    kept_exponentials = -1
     # On other devices the host would wait to see whether the shared exponentials are exact.
-    if contrastive == "streamed" and is_eager and features.is_cpu and strategy == "gather":
-        inputs = (features, batch.text_features, logits[0].logit_scale)
-        is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        kept_exponentials = KEPT_EXPONENTIALS if is_trained else 0
+    shares = contrastive == "streamed" and is_eager and features.is_cpu and strategy == "gather"
+    inputs = (features, batch.text_features, *[x.logit_scale for x in logits[:1]])
+    is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     plan = Plan(
         contrastive,
         penalties,
-        engine,
-        kept_exponentials,
+        impl,
+        shares,
+        MAX_KEPT_EXPONENTIALS if shares and is_trained else 0,
         strategy,
         output_dict,
         with_cross,
         centered,
     )
     if not traced:
-        _log.debug("%d pairs on this rank, D = %d: %s; %s", *features.shape, computes, plan)
+        _log.debug("%d pairs on this rank, D = %d: %s; %s", *features.shape, engine_in_words, plan)
     return plan

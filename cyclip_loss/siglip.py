@@ -195,7 +195,7 @@ def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         products = row_features @ column_features.to(dtype).T
         x = products.mul(logits.logit_scale).add_(logit_bias)  # -y_ij l_ij
-        if logits.partner_offset == 0:
+        if logits.has_pairs():
             pairs = x.diagonal()
             detached = pairs.detach()
             # NaN for an infinite pair logit, which would look perfectly matched.
@@ -227,7 +227,7 @@ class _Elementwise(torch.autograd.Function):
             logit_bias,
             needs,
             comparison[1].shape[0],
-            plan.engine,
+            plan.impl,
             plan.strategy,
             comparison[-1],
             list(inputs[contrastive.INPUTS_PER_COMPARISON :]),
@@ -253,7 +253,7 @@ def _step(
     logit_bias: Tensor,
     needs: list[bool],
     own_columns: int,
-    engine: str,
+    impl: str,
     strategy: str,
     ranks: Ranks,
     after: list[Tensor],
@@ -264,7 +264,7 @@ def _step(
     sum, as DDP averages. The first three are empty where not needed; the bias's is not computed if
     nothing is. after: as in `contrastive.logsumexp_forward`.
     """
-    elementwise_terms = engines.load(engine, logits.row_features).elementwise_terms
+    elementwise_terms = engines.load(impl, logits.row_features).elementwise_terms
     sums = logits.logit_scale.expand(2) * 0.0  # NaN if it is infinite: logits may have no loss
 
     def block_grads(block: Logits, _: None) -> Gradients:

@@ -71,8 +71,8 @@ def calls(kernel: str, image: Tensor) -> Any:
     """
     (n, d), text, one = image.shape, image.flip(0), torch.ones((), device=image.device)
     logits = Logits(image, text, 50 * one, None, None, 0, True, False)
-    lse = 12 * one.repeat(n)  # about that of random logits
-    saved = SavedStatistics(lse, lse, 0 * lse, one * 0.5 / n)
+    divisor = 12 * one.repeat(n)  # about that of random logits
+    saved = SavedStatistics(divisor, divisor, 0 * divisor, one * 0.5 / n)
     grams, means = torch.randn(3, d, d, device=image.device), image[:2].float()
     needs = [[multiplies, multiplies, True] for multiplies in (False, True)]
     return {
@@ -95,7 +95,7 @@ def trial(kernel: str, image: Tensor, arguments: list[Any], config: Any) -> floa
     configs.tuned(image.device)[key] = config
     try:
         for call in arguments:
-            verified("triton", image).compare(kernel, call)
+            verified("triton", image).verify(kernel, call)
         launch = partial(getattr(kernels, kernel), *arguments[0])
         ms = 0.0 if kernels.INTERPRETED else do_bench(launch, return_mode="median")
         outcome = f"{ms:.3f} ms"

@@ -1,6 +1,6 @@
 """Gradients of the contrastive term: a kernel computes blocks of G, the library multiplies them.
 
-With l_ij = s * I_i . T_j, the vectors r, c of `SavedStatistics`, and the scalar w = unit:
+With l_ij = s * I_i . T_j, the vectors r, c of `SavedStatistics`, and w, its `upstream_scale`:
 
     G_ij = pair_gradient_i / w if column j is row i's partner, 0 if it has the same id,
            else exp(l_ij - r_i) + exp(l_ij - c_j)
@@ -44,8 +44,8 @@ BLOCK_ELEMENTS = 2**28
 @triton.jit(
     do_not_specialize=["n", "m", "partner_offset"],
     do_not_specialize_on_alignment=[
-        "logit_scale", "unit", "row_lse", "column_lse", "pair_gradient", "scale_partials",
-        "row_ids", "column_ids",
+        "logit_scale", "upstream_scale", "row_log_divisor", "column_log_divisor", "pair_gradient",
+        "scale_partials", "row_ids", "column_ids",
     ],
 )  # fmt: skip
 def contrastive_grads_kernel(
@@ -54,7 +54,7 @@ def contrastive_grads_kernel(
     logit_scale,  # scalar
     row_ids,  # (n,) and (m,): G is 0 where they are equal, except for pairs; or both None
     column_ids,
-    gradient,  # out: unit * s * G in whole tiles, rows `gradient_stride` apart
+    gradient,  # out: w s G in whole tiles, rows `gradient_stride` apart
     n,
     m,
     d,  # a multiple of BK
@@ -62,11 +62,11 @@ def contrastive_grads_kernel(
     column_stride,
     gradient_stride,
     partner_offset,  # row i is paired with column i + partner_offset
-    unit,  # scalar
-    row_lse,  # (n,)
-    column_lse,  # (m,)
-    pair_gradient,  # (n,): unit * G where row i has a partner
-    scale_partials,  # (tiles,) out: unit * the sum over the tile of G_ij (I_i . T_j)
+    upstream_scale,  # w, a scalar
+    row_log_divisor,  # r, (n,)
+    column_log_divisor,  # c, (m,)
+    pair_gradient,  # (n,): w G where row i has a partner
+    scale_partials,  # (tiles,) out: w times the sum over the tile of G_ij (I_i . T_j)
     SYMMETRIC: tl.constexpr,
     SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the factors
     PRECISION: tl.constexpr,
@@ -82,7 +82,7 @@ def contrastive_grads_kernel(
     first_row = row_tile * BM
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
-    factor = tl.load(unit) * logit_scale
+    factor = tl.load(upstream_scale) * logit_scale
     rows = first_row + tl.arange(0, BM)
     first_pair = first_row + partner_offset
     # The offset of the tile has 64 bits, offsets within it 32.
@@ -93,10 +93,10 @@ def contrastive_grads_kernel(
         start = column_tile * BN + part * WIDTH
         columns = start + tl.arange(0, WIDTH)
         # Past the end the last values are read again. The mask below drops their results.
-        r = (tl.load(row_lse + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
+        r = (tl.load(row_log_divisor + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
         g = tl.exp2(parts[part] * scale - r[:, None])
         if SYMMETRIC:
-            c = (tl.load(column_lse + tl.minimum(columns, m - 1)) - SHIFT * LN_2) * LOG2_E
+            c = (tl.load(column_log_divisor + tl.minimum(columns, m - 1)) - SHIFT * LN_2) * LOG2_E
             # Two exponentials per element. One shared exponential would need a branch, and the
             # branch spills registers.
             g += tl.exp2(parts[part] * scale - c[None, :])
@@ -109,7 +109,8 @@ def contrastive_grads_kernel(
             partner = rows + partner_offset
             is_pair = partner[:, None] == columns[None, :]
             pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
-            g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / tl.load(unit)))[:, None], g)
+            pair_g = pair_value * ((1 << SHIFT) / tl.load(upstream_scale))
+            g = tl.where(is_pair, pair_g[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
         # Also if the scale needs no gradient: without the sum, sm_100 spills registers with ids.
         tile_sum += sum_of_products(g, parts[part])
@@ -117,7 +118,7 @@ def contrastive_grads_kernel(
         if SHIFT == 0:
             g *= factor
         tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
-    tl.store(scale_partials + tl.program_id(0), tile_sum * (tl.load(unit) / (1 << SHIFT)))
+    tl.store(scale_partials + tl.program_id(0), tile_sum * (tl.load(upstream_scale) / (1 << SHIFT)))
 
 
 def num_tiles(logits: Logits, config: Config) -> int:
@@ -211,22 +212,22 @@ def contrastive_grads(
     has_small_parts = logits.row_ids is not None or not logits.symmetric
     config = config_for("contrastive_grads", features, has_small_parts)
     tiles = num_tiles(logits, config)
-    scale_partials = saved.row_lse.new_empty(tiles)
+    scale_partials = saved.row_log_divisor.new_empty(tiles)
     with on_device_of(features):
         row_grad, column_grad = multiplied_blocks(
             contrastive_grads_kernel,
             logits,
             config,
             lambda start, left, tiles_before: (
-                saved.unit,
-                saved.row_lse[start:],
-                saved.column_lse[left:],
+                saved.upstream_scale,
+                saved.row_log_divisor[start:],
+                saved.column_log_divisor[left:],
                 saved.pair_gradient[start:],
                 scale_partials[tiles_before:],
             ),
             {"SYMMETRIC": logits.symmetric},
             needs,
-            saved.unit * logits.logit_scale * 2.0**-shift if shift else None,
+            saved.upstream_scale * logits.logit_scale * 2.0**-shift if shift else None,
             torch.float32 if float32_grads else features.dtype,
         )
         # In an order that is always the same.

@@ -17,7 +17,6 @@ from cyclip_loss.kernels.tiles import (
     ceil_div,
     grouped_tile,
     round_to_tf32,
-    u_and_v,
 )
 from cyclip_loss.numerics import on_device_of
 
@@ -27,13 +26,18 @@ def factors_kernel(
     a_grad,  # (d, d), as the next two
     b_grad,
     c_grad,
+    means,  # (2, padded_d), of the images and of the texts, float32; or None
     factors,  # (2 or 4, padded_d, padded_d) out: dA + dA^T, dB + dB^T, dC^T, dC
+    u_v_means,  # (2, padded_d) out: the means of U and of V, unless `means` is None
     d,
     padded_d,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The transposes of what U and V are multiplied by, zero-padded and rounded."""
+    """The transposes of what U and V are multiplied by, zero-padded and rounded; and their means.
+
+    The means are added here, because `cyclic_grads_kernel` has no registers for them.
+    """
     matrix = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = index // padded_d
@@ -51,13 +55,20 @@ def factors_kernel(
         factor = round_to_tf32(factor)
     size = padded_d * padded_d
     tl.store(factors + matrix.to(tl.int64) * size + index, factor, mask=index < size)
+    if means is not None:
+        if matrix == 0:
+            is_mean = index < padded_d
+            image_mean = tl.load(means + index, is_mean, 0.0)
+            text_mean = tl.load(means + padded_d + index, is_mean, 0.0)
+            tl.store(u_v_means + index, image_mean + text_mean, mask=is_mean)
+            tl.store(u_v_means + padded_d + index, image_mean - text_mean, mask=is_mean)
 
 
 @triton.jit(do_not_specialize=["n"])
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
-    means,  # (2, d), of the images and of the texts, float32; or None
+    u_v_means,  # (2, d), from `factors_kernel`; or None
     factors,  # (2 or 4, d, d), from `factors_kernel`
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
@@ -83,7 +94,14 @@ def cyclic_grads_kernel(
         text_pointers = text + row[:, None] * text_stride + inner[None, :]
         i = tl.load(image_pointers).to(tl.float32)
         t = tl.load(text_pointers).to(tl.float32)
-        u, v = u_and_v(i, t, 1.0, means, inner, d, True, PRECISION)
+        u = i + t
+        v = i - t
+        if u_v_means is not None:
+            u -= tl.load(u_v_means + inner)[None, :]
+            v -= tl.load(u_v_means + d + inner)[None, :]
+        if PRECISION == "tf32":
+            u = round_to_tf32(u)
+            v = round_to_tf32(v)
         # (BK, BD) blocks, read along contiguous rows. They come rounded: rounded here, in
         # registers, they would go back to shared memory. Loading all of them first saves registers.
         blocks = factors + columns[None, :] * d + inner[:, None]
@@ -112,7 +130,10 @@ def cyclic_grads(
     tile = config.tile
     multiple = max(tile["BD"], tile["BK"])
     image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
-    means = None if means is None else aligned_features(means, multiple)
+    u_v_means = None
+    if means is not None:
+        means = aligned_features(means, multiple)
+        u_v_means = means.new_empty(means.shape)
     n, d = image.shape
     unpadded = image_features.shape[1]
     a_grad, b_grad, *c_grad = gram_grads
@@ -120,11 +141,11 @@ def cyclic_grads(
     image_grad, text_grad = image.new_empty(n, d), text.new_empty(n, d)
     with on_device_of(image):
         factors_kernel[(ceil_div(d * d, ROUND.tile["BLOCK"]), len(factors))](
-            a_grad, b_grad, *c_grad or [a_grad], factors, unpadded, d,
+            a_grad, b_grad, *c_grad or [a_grad], means, factors, u_v_means, unpadded, d,
             PRECISION=tile["PRECISION"], **ROUND.kwargs,
         )  # fmt: skip
         cyclic_grads_kernel[(ceil_div(n, tile["BM"]) * (d // tile["BD"]),)](
-            image, text, means, factors, image_grad, text_grad, n, d, image.stride(0),
+            image, text, u_v_means, factors, image_grad, text_grad, n, d, image.stride(0),
             text.stride(0), WITH_CROSS=len(factors) == 4, **config.kwargs,
         )  # fmt: skip
     if d == unpadded:

@@ -68,7 +68,7 @@ def _set_strip_rows(monkeypatch, rows):
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     monkeypatch.setattr(numerics, "FULL_SPEED_ELEMENTS", 1)
-    monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", 2**10)
+    monkeypatch.setattr(plan, "MAX_KEPT_EXPONENTIALS", 2**10)
     monkeypatch.setattr(eager, "GRAM_ROWS", rows)
     if HAS_TRITON:
         set_small_blocks(monkeypatch)

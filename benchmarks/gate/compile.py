@@ -72,9 +72,10 @@ class Variant(NamedTuple):
     def label(self) -> str:
         """The name, with the flags that distinguish variants of the kernel."""
         flags = [name.lower() for name, value in self.constants.items() if value is True]
-        if str(self.description["signature"].get("row_ids")).startswith("*"):
+        signature = self.description["signature"]
+        if str(signature.get("row_ids")).startswith("*"):
             flags.append("ids")
-        if str(self.description["signature"].get("means")).startswith("*"):
+        if any(str(signature.get(name)).startswith("*") for name in ("means", "u_v_means")):
             flags.append("centered")
         if "gradient" in self.constants:  # None
             flags.append("loss only")

@@ -45,11 +45,11 @@ def engine_of(features: Tensor, impl: str = "auto") -> str:
     return choose(impl, check_features(features, features, ("features",) * 2)[0])[1]
 
 
-def choose(impl: str, features: Tensor) -> tuple[str, str]:
-    """The engine for features of this dtype and device, and what computes them, in words.
+def choose(impl: str, features: Tensor) -> tuple[Any, str]:
+    """The functions of the engine for features of this dtype and device; and the engine in words.
 
-    The engine: "eager", "triton", or "verified triton". The eager engine always computes float64,
-    which no other engine supports. With "auto" it computes what they do not support.
+    The eager engine always computes float64, which no other engine supports. With "auto" it
+    computes what they do not support.
 
     Raises:
         ValueError: an engine was asked for that does not support such features, or is not
@@ -71,24 +71,19 @@ def choose(impl: str, features: Tensor) -> tuple[str, str]:
             elif why_not:
                 raise ValueError(f"{source}={asked!r}: {why_not}")
             if not why_not:
-                return f"verified {name}" if asked == "auto" else name, f"{name.title()} kernels"
-    return "eager", f"PyTorch: {why_not}"
+                kernels = (
+                    verified(name, features) if asked == "auto" else import_module(MODULES[name])
+                )
+                return kernels, f"{name.title()} kernels"
+    return eager, f"PyTorch: {why_not}"
 
 
-def load(engine: str, features: Tensor) -> Any:
-    """The functions of an engine, for such features.
+def load(impl: str, features: Tensor) -> Any:
+    """The functions of the engine for such features.
 
     On a rank without rows no kernel can be launched, so the eager engine computes.
-
-    engine: as `choose` returns it, or one of `IMPLS` in compiled code, whose operators can choose
-    only when they run.
     """
-    if engine in IMPLS:
-        engine, _ = choose(engine, features)
-    if engine == "eager" or features.shape[0] == 0:
-        return eager
-    *is_verified, name = engine.split()
-    return verified(name, features) if is_verified else import_module(MODULES[name])
+    return eager if impl == "eager" or features.shape[0] == 0 else choose(impl, features)[0]
 
 
 def verified(name: str, features: Tensor) -> VerifiedKernels:

@@ -89,15 +89,15 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     return diagonal, slice(first, first + len(diagonal))
 
 
-def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) -> BlockLse:
+def contrastive_lse(logits: Logits, exponentials: SharedExponentials | None = None) -> BlockLse:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
-    With `shared`, which is filled for backward, one exponential of each logit serves both. With
-    E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
+    With `exponentials`, which are filled for backward, one exponential of each logit serves both.
+    With E_ij = exp(l_ij - m_i), rows have the sum of E_ij, and columns that of w_i E_ij, where
     w_i = exp(m_i - max m). Each w_i E_ij may lose 3 * tiny, the smallest normal number, where a
     factor or the product underflows: a column 3 n * tiny. In a sum of 4 n * tiny / eps or more,
     that is less than its rounding. If a sum is smaller (e^-61 for n = 4,096 in float32, where the
-    largest exponential is 1), columns get exponentials of their own, and `shared.row_max` is NaN.
+    largest exponential is 1), columns get exponentials of their own, and their `row_max` is NaN.
     """
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
@@ -105,7 +105,7 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
     pair_logits, row_lse, column_sum = zeros(n), zeros(n), zeros(m * logits.symmetric)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     column_max = torch.full_like(column_sum, limits.min)
-    kept = None if shared is None else shared.values
+    kept = None if exponentials is None else exponentials.values
     for start, stop, _, strip in _logit_strips(logits, column_features, kept):
         strip_pair_logits, paired_rows = _pairs(strip, start, logits)
         # NaN instead of an infinite logit, which would look perfectly matched.
@@ -115,25 +115,25 @@ def contrastive_lse(logits: Logits, shared: SharedExponentials | None = None) ->
         if same is not None:
             strip.masked_fill_(same, -torch.inf)
         row_max = strip.amax(dim=1).clamp_(min=limits.min)
-        if shared is None:
+        if exponentials is None:
             exps = (strip - row_max[:, None]).exp_()
         else:
             exps = strip.sub_(row_max[:, None]).exp_()
-            shared.row_max[start:stop] = row_max
+            exponentials.row_max[start:stop] = row_max
         row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max)
         if logits.symmetric:
-            largest = strip.amax(dim=0) if shared is None else row_max.max()
+            largest = strip.amax(dim=0) if exponentials is None else row_max.max()
             new_max = torch.maximum(column_max, largest)
             column_sum.mul_(column_max.sub_(new_max).exp_())
-            if shared is None:
+            if exponentials is None:
                 column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             else:
                 column_sum.addmv_(exps.T, row_max.sub(new_max[0]).exp_())
             column_max = new_max
     smallest = 4 * n * limits.tiny / limits.eps
     # Written with `not`, so that NaN counts as too small.
-    if shared is not None and logits.symmetric and not column_sum.min() >= smallest:
-        shared.row_max.fill_(torch.nan)
+    if exponentials is not None and logits.symmetric and not column_sum.min() >= smallest:
+        exponentials.row_max.fill_(torch.nan)
         return contrastive_lse(logits)
     column_lse = column_sum.log_().add_(column_max)
     return BlockLse(torch.cat((row_lse, column_lse)), pair_logits)
@@ -144,49 +144,49 @@ def contrastive_grads(
     saved: SavedStatistics,
     needs: list[bool],
     float32_grads: bool,
-    shared: SharedExponentials | None = None,
+    exponentials: SharedExponentials | None = None,
 ) -> Gradients:
-    """Gradients of a contrastive term, whose logits have the gradient `unit` * G.
+    """Gradients of a contrastive term, whose logits have the gradient w G.
 
-    With r = `row_lse` and c = `column_lse`, G_ij is pair_gradient_i / unit if column j is row i's
-    partner, 0 if it has row i's id, and otherwise
+    With w = `upstream_scale`, r = `row_log_divisor` and c = `column_log_divisor`, G_ij is
+    pair_gradient_i / w if column j is row i's partner, 0 if it has row i's id, and otherwise
 
         G_ij = exp(l_ij - r_i) + exp(l_ij - c_j)
-        dI = unit * s * G T,   dT = unit * s * G^T I,   ds = unit * sum_ij G_ij (I_i . T_j)
+        dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
     Without `symmetric` the columns' terms are left out.
 
     needs: which of the three are needed. dI and dT have the features' dtype or, with
-    `float32_grads`, the accumulation dtype (for sums across ranks). shared: from
-    `contrastive_lse` of these logits; it is not changed.
+    `float32_grads`, the accumulation dtype (for sums across ranks). exponentials: from
+    `contrastive_lse` of these logits; they are not changed.
     """
     column_features = _columns_to_multiply(logits)
     features = logits.row_features
     grad_dtype = logits.logit_scale.dtype if float32_grads else features.dtype
-    products = _Products(logits, column_features, saved.unit, needs, grad_dtype)
-    pair_gradient = saved.pair_gradient / saved.unit
-    row_lse, column_lse = saved.row_lse[:, None], saved.column_lse
-    if shared is not None:
-        row_max = shared.row_max[:, None]
+    products = _Products(logits, column_features, saved.upstream_scale, needs, grad_dtype)
+    pair_gradient = saved.pair_gradient / saved.upstream_scale
+    row_divisor, column_divisor = saved.row_log_divisor[:, None], saved.column_log_divisor
+    if exponentials is not None:
+        row_max = exponentials.row_max[:, None]
         top = row_max.max()
         limit = math.log(torch.finfo(top.dtype).max) - 1
         # exp(t - c_j), below, must be finite, with a factor of e for rounding. False if it is NaN,
         # because the exponentials are not shared after all.
-        if logits.symmetric and not top - column_lse.min() < limit:
-            shared = None
+        if logits.symmetric and not top - column_divisor.min() < limit:
+            exponentials = None
     is_kept, buffer, kept = False, _buffer(logits), None
-    if shared is not None:
+    if exponentials is not None:
         # exp(l_ij - r_i) + exp(l_ij - c_j) = E_ij (exp(m_i - r_i) + exp(m_i - t) exp(t - c_j))
-        row_weights, top_weights = (row_max - row_lse).exp_(), (row_max - top).exp_()
-        column_weights = (top - column_lse).exp_()
-        kept = shared.values
+        row_weights, top_weights = (row_max - row_divisor).exp_(), (row_max - top).exp_()
+        column_weights = (top - column_divisor).exp_()
+        kept = exponentials.values
         is_kept = kept.numel() > 0
     for start, stop, strip_features, strip in _logit_strips(logits, column_features, kept, is_kept):
         gradient = buffer[: stop - start]
-        if shared is None:
-            torch.sub(strip, row_lse[start:stop], out=gradient).exp_()
+        if exponentials is None:
+            torch.sub(strip, row_divisor[start:stop], out=gradient).exp_()
             if logits.symmetric:
-                gradient.add_(strip.sub_(column_lse).exp_())
+                gradient.add_(strip.sub_(column_divisor).exp_())
         else:
             exps = strip if is_kept else strip.sub_(row_max[start:stop]).exp_()
             if logits.symmetric:
@@ -204,9 +204,9 @@ def contrastive_grads(
 
 
 class _Products:
-    """unit * s * G T, unit * s * G^T I and unit * sum_ij G_ij (I_i . T_j), from strips of G.
+    """w s G T, w s G^T I and w sum_ij G_ij (I_i . T_j), from strips of G.
 
-    column_features: the result of `_columns_to_multiply`; unit: scalar, a factor of all three;
+    column_features: the result of `_columns_to_multiply`; weight: w, a scalar;
     grad_dtype: of the first two.
     """
 
@@ -214,13 +214,13 @@ class _Products:
         self,
         logits: Logits,
         column_features: Tensor,
-        unit: Tensor,
+        weight: Tensor,
         needs: list[bool],
         grad_dtype: torch.dtype,
     ) -> None:
         self.column_features, self.needs, self.grad_dtype = column_features, needs, grad_dtype
         self.shift = float16_shift(column_features)
-        self.factor = unit * 2.0**-self.shift
+        self.factor = weight * 2.0**-self.shift
         self.feature_factor = self.factor * logits.logit_scale
         rows, new = logits.row_features, logits.logit_scale.new_zeros
         self.row_grad = rows.new_empty(rows.shape if needs[0] else (0,), dtype=grad_dtype)

@@ -35,9 +35,9 @@ from cyclip_loss.usage_warnings import warn_once
 SCALARS = {"logit_scale": 20.0, "logit_bias": -5.0}
 
 
-# A comparison changes filters of warnings and the mode of deterministic algorithms, which belong to
-# the whole process.
-_one_comparison = threading.Lock()
+# A verification changes filters of warnings and the mode of deterministic algorithms, which belong
+# to the whole process.
+_one_verification = threading.Lock()
 
 
 class VerifiedKernels:
@@ -63,9 +63,9 @@ class VerifiedKernels:
         return partial(self._call, function)
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """The function, after a comparison if this is the first use of the layout."""
+        """The function, after a verification if this is the first use of the layout."""
         layout = function, layout_of(arguments)
-        with _one_comparison:  # autograd has a thread for each device
+        with _one_verification:  # autograd has a thread for each device
             trusted = self.problem is None and (
                 layout in self.agreed
                 or is_capturing(tensors_of(arguments)[0])
@@ -74,16 +74,16 @@ class VerifiedKernels:
         return getattr(self.kernels if trusted else eager, function)(*arguments)
 
     def _agrees(self, layout: Any, arguments: Any) -> bool:
-        """Compare a layout, and remember the outcome."""
+        """Verify a layout, and remember the outcome."""
         device = self.device
         try:
-            # Compare in a thread of its own: the caller's autocast, inference mode, default device
+            # Verify in a thread of its own: the caller's autocast, inference mode, default device
             # and other modes do not apply there.
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(self.compare, layout[0], arguments).result()
+                thread.submit(self.verify, layout[0], arguments).result()
             self.agreed.add(layout)
             return True
-        except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
+        except torch.OutOfMemoryError:  # the kernels may be right: the next call verifies
             return False
         except Exception as error:
             self.problem = f"{layout[0]}{layout[1]}: {described(error)}"
@@ -104,7 +104,7 @@ class VerifiedKernels:
         )
         return False
 
-    def compare(self, function: str, arguments: Any) -> None:
+    def verify(self, function: str, arguments: Any) -> None:
         """Raise an error if a function disagrees with the eager engine in this layout, or fails.
 
         arguments: of a call. Only their layout is used.
@@ -128,16 +128,16 @@ class VerifiedKernels:
         """
         exact, widened = _exact_results(function, batch)
         bounds = getattr(error_bounds, function)(error_bounds.rounding(self.dtype), exact, *widened)
-        self._compare_results(function, batch, exact, bounds)
+        self._check_results(function, batch, exact, bounds)
         for tensor in [x for x in tensors_of(batch) if x.numel() > 1][:2]:
             middle = tuple(size // 2 for size in tensor.shape)
             kept = tensor[middle].clone()
             tensor[middle] = torch.nan
             exact, _ = _exact_results(function, batch)
-            self._compare_results(function, batch, exact, bounds)
+            self._check_results(function, batch, exact, bounds)
             tensor[middle] = kept
 
-    def _compare_results(
+    def _check_results(
         self, function: str, batch: list[Any], exact: Any, bounds: list[Tensor]
     ) -> None:
         """Raise an error unless each element is within its bound. NaN must be NaN."""
@@ -153,8 +153,8 @@ class VerifiedKernels:
         if function == "contrastive_grads":  # about what a loss gives for these logits
             logits = tree_map_only(Tensor, _widened, batch[0])
             lse = eager.contrastive_lse(logits)
-            unit = torch.full_like(logits.logit_scale, -1.5)
-            saved = lse.of_rows, lse.of_columns + 0.5, -torch.sigmoid(lse.pair_logits - 5), unit
+            scale = torch.full_like(logits.logit_scale, -1.5)
+            saved = lse.of_rows, lse.of_columns + 0.5, -torch.sigmoid(lse.pair_logits - 5), scale
             batch[1] = SavedStatistics(*(x.float() for x in saved))
         return batch
 

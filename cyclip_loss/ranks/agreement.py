@@ -1,4 +1,4 @@
-"""What the ranks of a call must agree on, and their comparison."""
+"""What the ranks of a call must agree on, and how they find out whether they do."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from hashlib import blake2b
@@ -28,8 +28,9 @@ def check_ranks_agree(
 ) -> dict[str, Ranks]:
     """Compare the call with the other ranks'; return the ranks with their numbers of rows, by name.
 
-    Ranks compare in the first call with a signature and, with `options.uneven`, in every call. The
-    host waits for the comparison. Other calls are not checked. Without `uneven`, nothing is
+    Ranks compare in the first call with a signature and, with `options.uneven`, in every call. They
+    send the numbers of rows and a hash of the rest, and the host waits. Only if hashes differ do
+    they send the values, for the error. Other calls are not checked. Without `uneven`, nothing is
     compared while the call is traced.
 
     features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
@@ -39,33 +40,10 @@ def check_ranks_agree(
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
-            without comparison, on a rank without pairs.
+            that is not checked, on a rank without pairs.
     """
     if is_traced(features):  # without `uneven`: `uncompiled_if_uneven`
         return _equal_rows(ranks, num_rows)
-    return _compare(ranks, features, num_rows, signature, options)
-
-
-def _equal_rows(ranks: Ranks, num_rows: dict[str, int]) -> dict[str, Ranks]:
-    """Without a comparison: all ranks hold as many rows as this one."""
-    (pairs_name, num_pairs), *_ = num_rows.items()
-    if num_pairs == 0:
-        raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
-    return dict.fromkeys(num_rows, ranks)
-
-
-def _compare(
-    ranks: Ranks,
-    features: Tensor,
-    num_rows: dict[str, int],
-    signature: Mapping[str, Hashable],
-    options: ContrastiveOptions,
-) -> dict[str, Ranks]:
-    """The comparison of `check_ranks_agree`. The host waits.
-
-    Ranks send the numbers of rows and a hash of the rest. Only if hashes differ do they send the
-    values, for the error.
-    """
     values = options.of_all_ranks()
     own = {
         **signature,
@@ -118,3 +96,11 @@ def _listed(values: Sequence[Any]) -> str:
     if len(values) <= 16:
         return f"{list(values)} (by rank)"
     return f"{', '.join(sorted(set(map(str, values)))[:16])} on {len(values)} ranks"
+
+
+def _equal_rows(ranks: Ranks, num_rows: dict[str, int]) -> dict[str, Ranks]:
+    """In a call that is not checked: all ranks hold as many rows as this one."""
+    (pairs_name, num_pairs), *_ = num_rows.items()
+    if num_pairs == 0:
+        raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
+    return dict.fromkeys(num_rows, ranks)

@@ -4,8 +4,8 @@
 
     forward    all-gather of the text features (started early, in `terms/contrastive.py`);
                all-reduces of the maxima of N columns, and of their sums
-    backward   all-reduce of the sign of `unit` and, for float16, of a maximum; all-gather of N
-               elements; reduce-scatter of the text gradients (N, D)
+    backward   all-reduce of the sign of `upstream_scale` and, for float16, of a maximum; all-gather
+               of N elements; reduce-scatter of the text gradients (N, D)
 
 "ring": each rank passes a block of n text rows on to the next rank. After W steps every row has met
 every column, in O(n D) memory per rank. Each block's column sums follow it one step later, and
@@ -92,8 +92,8 @@ def _ring_gradients(
     row_grad = new.new_zeros(logits.row_features.shape if needs_rows else (0,))
     scale_grad = new.new_zeros(() if needs_scale else (0,))
 
-    def column_part(block: Logits, column_lse: Tensor | None = None) -> Tensor:
-        block_saved = saved if column_lse is None else saved._replace(column_lse=column_lse)
+    def column_part(block: Logits, divisor: Tensor | None = None) -> Tensor:
+        block_saved = saved if divisor is None else saved._replace(column_log_divisor=divisor)
         rows, columns, scale = block_grads(block, block_saved)
         row_grad.add_(rows)  # both are empty if not needed, as is the scale's gradient
         scale_grad.add_(scale)
@@ -101,14 +101,14 @@ def _ring_gradients(
 
     num_columns, d = logits.column_features.shape
     initial = new.new_zeros((ranks.max_rows(num_columns), d) if needs_columns else (0,))
-    column_lse = saved.column_lse if logits.symmetric else None
-    column_grad = _ring(logits, column_lse, initial, column_part, Tensor.add_, ranks)
+    divisors = saved.column_log_divisor if logits.symmetric else None
+    column_grad = _ring(logits, divisors, initial, column_part, Tensor.add_, ranks)
     return Gradients(row_grad, column_grad, scale_grad)
 
 
 def _ring(
     logits: Logits,
-    column_lse: Tensor | None,
+    column_vector: Tensor | None,
     total: Tensor,
     column_part: Callable[..., Tensor],
     combine: Callable[[Tensor, Tensor], Any],
@@ -116,14 +116,14 @@ def _ring(
 ) -> Tensor:
     """Send columns around the ring; return the total over ranks for this rank's columns.
 
-    column_lse: log-sum-exps that travel with the columns, or None. total: the initial value of the
-    total, padded; empty if none is wanted. column_part: given the block of the columns that are
-    here, and their log-sum-exps if these travel, returns this rank's part for them, which `combine`
+    column_vector: an element for each column, sent with it; or None. total: the initial value of
+    the total, padded; empty if none is wanted. column_part: given the block of the columns that are
+    here, and their elements of `column_vector`, returns this rank's part for them, which `combine`
     adds to their total in place.
     """
     num_columns, is_summed = logits.column_features.shape[0], total.numel() > 0
     first_column = ranks.first_row(ranks.rank, num_columns)
-    blocks = [padded(x, ranks) for x in (logits.column_features, column_lse) if x is not None]
+    blocks = [padded(x, ranks) for x in (logits.column_features, column_vector) if x is not None]
     for step in range(ranks.size):
         is_last = step + 1 == ranks.size
         sent = [] if is_last else list(blocks)
@@ -134,13 +134,13 @@ def _ring(
         start, end = (ranks.first_row(rank, num_columns) for rank in (owner, owner + 1))
         count, part = end - start, None
         if count > 0:
-            column_features, *lse = (block[:count] for block in blocks)
+            column_features, *vector = (block[:count] for block in blocks)
             block = logits._replace(
                 column_features=column_features,
                 column_ids=None if logits.column_ids is None else logits.column_ids[start:end],
                 partner_offset=logits.partner_offset + first_column - start,
             )
-            part = column_part(block, *lse)
+            part = column_part(block, *vector)
         received = finish()
         if is_summed and step > 0:
             total = received.pop()

@@ -40,7 +40,6 @@ from torch import Tensor
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.logits import (
-    NO_PAIRS,
     Gradients,
     Logits,
     SavedStatistics,
@@ -82,7 +81,7 @@ def start(batch: Batch, plan: Plan) -> list[PendingGather]:
         features = ids = None
         if STRATEGIES[plan.strategy].gathers_columns:
             features = collectives.start_gather(logits.column_features, ranks)
-        if started and logits.partner_offset == 0:  # the ids of views are those of the pairs
+        if started and logits.has_pairs():  # the ids of views are those of the pairs
             ids = started[0].ids
         elif logits.column_ids is not None:
             ids = collectives.start_gather(logits.column_ids, ranks)
@@ -94,11 +93,11 @@ def losses(batch: Batch, lse: list[PairLse]) -> list[Tensor]:
     """CLIP's loss and, with augmented views, the same of each tower's features and their views."""
     losses = []
     for negatives_lse, pair_logits, other_positives in lse:
-        of_pairs = softplus(negatives_lse - pair_logits)
+        pair_losses = softplus(negatives_lse - pair_logits)
         if batch.ranks.size == 1:
-            loss = of_pairs.mean()
+            loss = pair_losses.mean()
         else:
-            loss = of_pairs.sum() / (batch.total_pairs() * negatives_lse.shape[0])
+            loss = pair_losses.sum() / (batch.total_pairs() * negatives_lse.shape[0])
         if other_positives is not None:
             loss = loss - other_positives / batch.total_pairs()
         losses.append(loss)
@@ -131,7 +130,7 @@ def progress(clip: Tensor, batch: Batch) -> Tensor:
     pairs = batch.total_pairs()
     candidates = [pairs, pairs]
     for name, logits, ranks in batch.comparisons:
-        if logits.partner_offset == NO_PAIRS:
+        if not logits.has_pairs():
             extra = ranks.total_rows(logits.column_features.shape[0])
             candidates[int(name == "negative_image_features")] += extra
     # On the CPU, as numbers that take no launch, and without constants while compiling.
@@ -163,7 +162,7 @@ def log_sum_exps(
         results = [[flat.pop(0) for _ in range(count)] for count in counts]
     lse: list[PairLse] = []
     for (name, logits, _), result in zip(comparisons, results):  # noqa: B905
-        if logits.partner_offset == 0:
+        if logits.has_pairs():
             lse.append(PairLse(*result))
         else:
             direction = int(name == "negative_image_features")
@@ -217,17 +216,22 @@ class _LogSumExps(torch.autograd.Function):
         after = tensors_of([grams, *[x[8:10] for x in comparisons]])
         ctx.plan, ctx.comparisons = plan, []
         returned, saved = [], []
-        kept_exponentials = plan.kept_exponentials
+        max_kept = plan.max_kept_exponentials
         for comparison in comparisons:
             logits, ranks = with_gathered_columns(*comparison), comparison[-1]
             *results, row_max, values = logsumexp_forward(
-                logits, plan.engine, plan.strategy, kept_exponentials, ranks, after
+                logits,
+                plan.impl,
+                plan.strategy,
+                plan.shares_exponentials,
+                max_kept,
+                ranks,
+                after,
             )
             after = [results[0]]
-            if kept_exponentials > 0:
-                if not is_traced(values) and row_max.isnan().any():  # columns need their own
-                    values = values.new_empty(0)
-                kept_exponentials = max(kept_exponentials - values.numel(), 0)
+            if not is_traced(values) and values.numel() > 0 and row_max.isnan().any():
+                values = values.new_empty(0)  # backward cannot use them
+            max_kept -= values.numel()
             # Not a slice of the record, which PyTorch 2.8 cannot trace.
             rows, columns, scale, row_ids, column_ids, *flags = logits
             saved += [rows, columns, scale, row_ids, column_ids, results[0], row_max, values]
@@ -257,7 +261,7 @@ class _LogSumExps(torch.autograd.Function):
                         SharedExponentials(row_max, values),
                         needs,
                         own_columns,
-                        plan.engine,
+                        plan.impl,
                         plan.strategy,
                         ranks,
                         after,
@@ -295,23 +299,24 @@ def with_gathered_columns(
 
 def _forward(
     logits: Logits,
-    engine: str,
+    impl: str,
     strategy: str,
-    kept_exponentials: int,
+    shares_exponentials: bool,
+    max_kept: int,
     ranks: Ranks,
     after: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PairLse`, of which the third is empty without `logits.positives`.
 
-    Then those of `SharedExponentials`, empty if none are shared, or kept. The columns are this
-    rank's own or, if the strategy gathers columns, those of all ranks. after: what was sent before,
-    not read here.
+    Then those of `SharedExponentials`, empty if none are shared, or more than `max_kept`. The
+    columns are this rank's own or, if the strategy gathers columns, those of all ranks. after: what
+    was sent before, not read here.
     """
-    block_lse = engines.load(engine, logits.row_features).contrastive_lse
+    block_lse = engines.load(impl, logits.row_features).contrastive_lse
     n, other_positives = logits.row_features.shape[0], logits.logit_scale.new_empty(0)
-    shared = _new_exponentials(logits, kept_exponentials)
-    if kept_exponentials >= 0:
-        block_lse = partial(block_lse, shared=shared)
+    exponentials = _new_exponentials(logits, shares_exponentials, max_kept)
+    if shares_exponentials:
+        block_lse = partial(block_lse, exponentials=exponentials)
     if logits.positives:
         positives = Positives(logits.column_ids)
         block_lse = partial(positives.block_lse, block_lse)
@@ -323,12 +328,12 @@ def _forward(
         shares = positives.other_shares(logits.row_ids, other_positives.dtype)
         other_positives = logits.logit_scale * positives.row_products
         other_positives -= (shares * lse.pair_logits).sum()
-    of_pairs = lse.of_rows[None]
+    own_lse = lse.of_rows[None]
     if logits.symmetric and lse.negatives_lse.shape[0] == 2 * n:  # this rank's columns only
-        of_pairs = lse.negatives_lse.view(2, n)
+        own_lse = lse.negatives_lse.view(2, n)
     elif logits.symmetric:
-        of_pairs = torch.stack((lse.of_rows, lse.of_columns[logits.pairs[1]]))
-    return of_pairs, lse.pair_logits, other_positives, *shared
+        own_lse = torch.stack((lse.of_rows, lse.of_columns[logits.pairs[1]]))
+    return own_lse, lse.pair_logits, other_positives, *exponentials
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
@@ -336,15 +341,15 @@ def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
     n = logits.row_features.shape[0]
     other_positives = new(()) if logits.positives else new((0,))
-    shared = _new_exponentials(logits, given.kept_exponentials)
-    return new((2 if logits.symmetric else 1, n)), new((n,)), other_positives, *shared
+    exponentials = _new_exponentials(logits, given.shares_exponentials, given.max_kept)
+    return new((2 if logits.symmetric else 1, n)), new((n,)), other_positives, *exponentials
 
 
-def _new_exponentials(logits: Logits, kept: int) -> SharedExponentials:
-    """Uninitialised, and empty if none are shared, or none of so many logits kept."""
+def _new_exponentials(logits: Logits, are_shared: bool, max_kept: int) -> SharedExponentials:
+    """Uninitialised, and empty if none are shared, or more than `max_kept`."""
     n, m = logits.row_features.shape[0], logits.column_features.shape[0]
-    new = logits.logit_scale.new_empty
-    return SharedExponentials(new((n if kept >= 0 else 0,)), new((n, m) if n * m <= kept else (0,)))
+    new, is_kept = logits.logit_scale.new_empty, are_shared and n * m <= max_kept
+    return SharedExponentials(new((n if are_shared else 0,)), new((n, m) if is_kept else (0,)))
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
@@ -362,10 +367,10 @@ def _backward(
     logits: Logits,
     upstream: UpstreamGradients,
     lse: Tensor,
-    shared: SharedExponentials,
+    exponentials: SharedExponentials,
     needs: list[bool],
     own_columns: int,
-    engine: str,
+    impl: str,
     strategy: str,
     ranks: Ranks,
     after: list[Tensor],
@@ -376,9 +381,9 @@ def _backward(
     others are empty); own_columns: how many columns are this rank's; after: as in forward.
     """
     saved = _saved_statistics(logits, upstream, lse, strategy, ranks)
-    contrastive_grads = engines.load(engine, logits.row_features).contrastive_grads
-    if shared.row_max.numel() > 0:  # they are shared, and this rank has rows
-        contrastive_grads = partial(contrastive_grads, shared=shared)
+    contrastive_grads = engines.load(impl, logits.row_features).contrastive_grads
+    if exponentials.row_max.numel() > 0:  # they are shared, and this rank has rows
+        contrastive_grads = partial(contrastive_grads, exponentials=exponentials)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
     float32_grads = ranks.size > 1 or logits.positives
 
@@ -404,22 +409,22 @@ def _saved_statistics(
     """What gives the gradient of the logits, with the columns of all ranks if they are gathered."""
     # Only columns are shared with other ranks.
     sharing = ranks if logits.symmetric else Ranks()
-    # Divided by `unit` the gradients are >= 0 and have logarithms: 0 gives -inf, so G is 0; a
+    # Divided by `scale` the gradients are >= 0 and have logarithms: 0 gives -inf, so G is 0; a
     # wrong sign gives NaN. In a row without negatives, no logit has a gradient.
     # A number on the CPU takes no launch on a GPU.
     one = torch.scalar_tensor(1, dtype=lse.dtype, device="cpu")
-    unit = one.copysign(collectives.all_reduce(upstream.lse.sum(), "sum", sharing))
+    scale = one.copysign(collectives.all_reduce(upstream.lse.sum(), "sum", sharing))
     if logits.row_features.dtype == torch.float16:
         # Elements of G larger than 2 could overflow, and small ones vanish.
         smallest = lse.new_full((1,), 2.0**-100)  # its reciprocal, times 2^14, is finite
         grads = torch.cat([x.reshape(-1) for x in tensors_of((upstream, smallest))])
-        unit = unit * collectives.all_reduce(grads.abs().amax(), "max", sharing)
-    lse = lse - (upstream.lse / unit).log()
-    rows, columns = lse[0], lse[1] if logits.symmetric else lse.new_empty(0)
+        scale = scale * collectives.all_reduce(grads.abs().amax(), "max", sharing)
+    divisors = lse - (upstream.lse / scale).log()
+    rows, columns = divisors[0], divisors[1] if logits.symmetric else lse.new_empty(0)
     if logits.symmetric and STRATEGIES[strategy].gathers_columns:
         gathered = collectives.start_gather(columns, ranks)
         columns = collectives.finish_gather(gathered, columns, ranks)
-    return SavedStatistics(rows, columns, upstream.pairs.contiguous(), unit)
+    return SavedStatistics(rows, columns, upstream.pairs.contiguous(), scale)
 
 
 def _backward_fake(given: Any) -> tuple[Tensor, ...]:

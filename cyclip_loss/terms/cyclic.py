@@ -55,7 +55,7 @@ def start(batch: Batch, plan: Plan) -> Started:
                 summed = collectives.all_reduce(_with_count(sums, features), "sum", ranks)
                 sums, count = summed[:-1], summed[-1]
             means = (sums / count).view(2, -1)
-        grams: Tensor = gram_matrices(*features, means, plan.with_cross, plan.engine)
+        grams: Tensor = gram_matrices(*features, means, plan.with_cross, plan.impl)
     if ranks.size > 1:
         grams = collectives.start_all_reduce(_with_count(grams, features), "sum", ranks)
     return Started(means, grams)
@@ -78,7 +78,7 @@ def terms(batch: Batch, started: Started, plan: Plan, options: PenaltyOptions) -
     if plan.penalties == "none":
         return {}
     dtype = accumulation_dtype(image_features.dtype)
-    if plan.penalties == "zero":
+    if plan.penalties == "zeros":
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
         zero = (image_features[:0].sum() + text_features[:0].sum()).to(dtype)
         penalties = [zero, zero.clone()] if plan.output_dict else [zero]
@@ -95,7 +95,7 @@ def terms(batch: Batch, started: Started, plan: Plan, options: PenaltyOptions) -
             penalties = dense.cyclic_terms(image_features, text_features, weights, plan)
         else:
             differentiable = _GramMatrices.apply(  # type: ignore[no-untyped-call]
-                image_features, text_features, means, grams, ranks.size, plan.engine
+                image_features, text_features, means, grams, ranks.size, plan.impl
             )
             one_by_one = (weights[0], 0.0), (0.0, weights[1])
             penalties = [
@@ -120,10 +120,10 @@ class _GramMatrices(torch.autograd.Function):
         means: Tensor | None,
         grams: Tensor,
         num_ranks: int,
-        engine: str,
+        impl: str,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(image_features, text_features, means)
-        ctx.num_ranks, ctx.engine = num_ranks, engine
+        ctx.num_ranks, ctx.impl = num_ranks, impl
         return grams.unbind()
 
     @staticmethod
@@ -131,7 +131,7 @@ class _GramMatrices(torch.autograd.Function):
         grads = list(gram_grads)
         if ctx.num_ranks > 1:  # DDP averages
             grads = [x * ctx.num_ranks for x in grads]
-        return (*cyclic_grads(*ctx.saved_tensors, grads, ctx.engine), None, None, None, None)
+        return (*cyclic_grads(*ctx.saved_tensors, grads, ctx.impl), None, None, None, None)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -169,10 +169,10 @@ def _gram_matrices(
     text_features: Tensor,
     means: Tensor | None,
     with_cross: bool,
-    engine: str,
+    impl: str,
 ) -> Tensor:
     """The Gram matrices of this rank's rows, as in `eager.gram_matrices`."""
-    return engines.load(engine, image_features).gram_matrices(  # type: ignore[no-any-return]
+    return engines.load(impl, image_features).gram_matrices(  # type: ignore[no-any-return]
         image_features, text_features, means, with_cross
     )
 
@@ -191,10 +191,10 @@ def _cyclic_grads(
     text_features: Tensor,
     means: Tensor | None,
     gram_grads: list[Tensor],
-    engine: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's features, as in `eager.cyclic_grads`."""
-    return engines.load(engine, image_features).cyclic_grads(  # type: ignore[no-any-return]
+    return engines.load(impl, image_features).cyclic_grads(  # type: ignore[no-any-return]
         image_features, text_features, means, gram_grads
     )
 

@@ -52,7 +52,7 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
     # NaN for an infinite pair logit, which would look perfectly matched. (`torch.func.linearize`
     # ends the process at `add` with another alpha than 1.)
     pair_logits = negatives.diagonal() + diagonal.detach() * 0
-    if logits.partner_offset == 0:
+    if logits.has_pairs():
         diagonal.fill_(lowest)
     same = logits.same_ids(0, negatives.shape[0])
     if same is not None:

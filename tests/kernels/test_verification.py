@@ -88,16 +88,16 @@ STEPS = [
 ]
 
 
-def recorded_comparisons(monkeypatch, seconds=0.0):
-    """A list that gets the function and arguments of each comparison, which takes seconds more."""
-    compared, original = [], VerifiedKernels.compare
+def recorded_verifications(monkeypatch, seconds=0.0):
+    """A list that gets the function and arguments of each verification, `seconds` longer."""
+    compared, original = [], VerifiedKernels.verify
 
     def recorded(self, function, arguments):
         compared.append((function, arguments))
         time.sleep(seconds)
         original(self, function, arguments)
 
-    monkeypatch.setattr(VerifiedKernels, "compare", recorded)
+    monkeypatch.setattr(VerifiedKernels, "verify", recorded)
     return compared
 
 
@@ -111,9 +111,9 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
     with monkeypatch.context() as patch:
         if options:  # after a plain step, whose layouts are not compared here
             with pytest.MonkeyPatch.context() as before:
-                before.setattr(VerifiedKernels, "compare", lambda *_: None)
+                before.setattr(VerifiedKernels, "verify", lambda *_: None)
                 step()
-        compared = recorded_comparisons(patch)
+        compared = recorded_verifications(patch)
         for seed in (0, 1):  # only once
             step(**options, seed=seed)
     engine = verified(dtype)
@@ -133,7 +133,7 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
         for fault in faults:
             monkeypatch.setattr(kernels, function, partial(fault, original))
             with pytest.raises(AssertionError, match="not close"):
-                engine.compare(function, arguments)
+                engine.verify(function, arguments)
         monkeypatch.setattr(kernels, function, original)
 
 
@@ -160,8 +160,9 @@ def without_tile(index, original, *arguments):
 def without_tile_of_g(original, logits, saved, needs, float32_grads):
     """The gradients of 128 rows lack what 128 columns add to them."""
     grads = original(logits, saved, needs, float32_grads)
-    parts = saved.row_lse[:128], saved.column_lse[:128], saved.pair_gradient[:128], saved.unit
-    tile = original(logits.block(0, 128, 0, 128), SavedStatistics(*parts), needs, float32_grads)
+    vectors = [vector[:128] for vector in saved[:3]]
+    saved = SavedStatistics(*vectors, saved.upstream_scale)
+    tile = original(logits.block(0, 128, 0, 128), saved, needs, float32_grads)
     grads.rows[:128] -= tile.rows
     return grads
 
@@ -221,11 +222,11 @@ def test_the_batch_of_a_gpu_shows_what_rounding_does_not_explain(dtype, precisio
     if function in TILED:
         faults.append(partial(without_tile, TILED[function]))
     with setting("float32_matmul_precision", precision):
-        as_on_a_gpu(dtype, **{function: original}).compare(function, arguments)
+        as_on_a_gpu(dtype, **{function: original}).verify(function, arguments)
         for fault in faults:
             engine = as_on_a_gpu(dtype, **{function: partial(fault, original)})
             with pytest.raises(AssertionError, match="not close"):
-                engine.compare(function, arguments)
+                engine.verify(function, arguments)
 
 
 def rounded_as_by_a_gpu(original, a, b, dtype):
@@ -243,7 +244,7 @@ def rounded_as_by_a_gpu(original, a, b, dtype):
 
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=str)
 def test_rounding_is_no_fault(dtype, precision, monkeypatch):
-    """Also with D = 4,096 and a logit scale of 100, which no comparison has."""
+    """Also with D = 4,096 and a logit scale of 100, which no verification has."""
     monkeypatch.setitem(verification.SCALARS, "logit_scale", 100.0)
     if precision == "high" or dtype == BFLOAT16:
         module = sys.modules["cyclip_loss.kernels.contrastive_grads"]
@@ -254,7 +255,7 @@ def test_rounding_is_no_fault(dtype, precision, monkeypatch):
         for function, arguments in calls(dtype, 64).items():
             # Interpreted, many tiles of D x D are slow.
             engine.min_d = 128 if function in (GRAMS, CYCLIC_GRADS) else 4096 - 64
-            engine.compare(function, arguments)
+            engine.verify(function, arguments)
 
 
 @pytest.mark.parametrize("offset", [-2, 2, NO_PAIRS])
@@ -302,7 +303,7 @@ def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
             step("triton")
 
 
-def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch):
+def test_a_verification_without_memory_says_nothing_of_the_kernels(monkeypatch):
     """PyTorch computes this call, without a warning, and the next call compares again."""
     warnings.simplefilter("error", CyCLIPWarning)  # pytest resets it
 
@@ -310,10 +311,10 @@ def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(VerifiedKernels, "compare", no_memory)
+        patch.setattr(VerifiedKernels, "verify", no_memory)
         patch.setattr(kernels, GRADS, fails)
         step()
-    compared = recorded_comparisons(monkeypatch)
+    compared = recorded_verifications(monkeypatch)
     step()
     assert sorted(function for function, _ in compared) == sorted(PLAIN)
 
@@ -322,7 +323,7 @@ def test_two_threads_compare_a_layout_once(monkeypatch):
     """Autograd has a thread for each device."""
     # The interpreter can run the kernels of one thread at a time only.
     monkeypatch.setattr(kernels, GRAMS, eager.gram_matrices)
-    compared = recorded_comparisons(monkeypatch, seconds=0.2)
+    compared = recorded_verifications(monkeypatch, seconds=0.2)
     image, text, _ = Case(6, 4).inputs("cpu")
     engine = verified(torch.float32)
     with ThreadPoolExecutor(3) as threads:
@@ -334,8 +335,8 @@ def test_two_threads_compare_a_layout_once(monkeypatch):
     assert len(compared) == 2
 
 
-def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch):
-    """A warning in the comparison is no error either, although the caller turns it into one."""
+def test_the_verification_does_not_depend_on_the_settings_of_the_caller(monkeypatch):
+    """A warning in the verification is no error either, although the caller turns it into one."""
     original = VerifiedKernels.small_batch
 
     def warns(*arguments):
@@ -369,14 +370,14 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatc
 
 def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(verification, "is_capturing", lambda features: True)
-    compared = recorded_comparisons(monkeypatch)
+    compared = recorded_verifications(monkeypatch)
     step()
     assert compared == []
 
 
 def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch):
     verified = VerifiedKernels(kernels, torch.device("cuda:0"), torch.float32)
-    monkeypatch.setattr(VerifiedKernels, "compare", fails)
+    monkeypatch.setattr(VerifiedKernels, "verify", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
         verified.gram_matrices(*Case(6, 4).inputs("cpu")[:2], None, False)

@@ -27,7 +27,7 @@ def step(case, given, impl):
 def keeping(logits):
     """Forward keeps the exponentials of at most so many logits."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plan, "KEPT_EXPONENTIALS", logits)
+        monkeypatch.setattr(plan, "MAX_KEPT_EXPONENTIALS", logits)
         yield
 
 
