@@ -39,9 +39,9 @@ from cyclip_loss.second_run import (
 SECOND_RUN = (
     "the second run of a mini-batch differs from the first: {}. The gradients were accumulated, "
     "and are wrong. The model depends on something that forward changes and that is not restored: "
-    "a parameter, as of a momentum encoder (update it outside of forward), a module or a tensor "
-    "that is not registered, an object of another kind, a variable outside of the modules, or "
-    "random numbers of another device"
+    "a parameter, as of a momentum encoder (update it outside of forward), an input in place, a "
+    "module or a tensor that is not registered, an object of another kind, a variable outside of "
+    "the modules, or random numbers of another device"
 )
 UNEQUAL = (
     "the mini-batches have different outputs {}, of which only the last was used, so the gradients "
