@@ -191,12 +191,11 @@ def test_autocast_and_scaler_round_as_in_one_graph(dtype, device):
 
 class ReadsAndChangesBuffers(Model):
     """Buffers changed in place, under two names, replaced, and first set by the first batch. Has a
-    scripted normalisation, too, and an attribute named `module`.
+    scripted normalisation, too.
     """
 
     def __init__(self):
         super().__init__()
-        self.module = "clip"
         self.scripted = torch.jit.script(nn.BatchNorm1d(TEXT_SIZE))
         self.text[0] = nn.utils.parametrizations.spectral_norm(self.text[0])
         self.register_buffer("center", torch.zeros(IMAGE_SIZE))
@@ -219,36 +218,11 @@ class Output(dict):  # type: ignore[type-arg]
     """No node of PyTorch's trees."""
 
 
-class ChangesItself(Model):
-    """For a part of forward an attribute is set. A hook of the image tower registers a buffer in
-    its first call, and later changes it. The output is of a subclass of dict.
-    """
-
-    shift = 0.0
-
-    def __init__(self):
-        super().__init__()
-        self.image.register_forward_pre_hook(subtract_mean)
-
-    def forward(self, images, *others):
-        images, self.shift = images + self.shift, 1.0
-        output = super().forward(images, *others)
-        self.shift = 0.0
-        return Output(output)
-
-
-def subtract_mean(tower, args):
-    if not hasattr(tower, "mean"):
-        tower.register_buffer("mean", torch.zeros_like(args[0][0]))
-    return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
-
-
 CASES = {
     "dropout": {},
     "inner checkpoints": {"wrap": with_inner_checkpoints},
     "views, negatives and ids": {"ids": torch.arange(N) % 7},
     "buffers": {"kind": ReadsAndChangesBuffers},
-    "attributes": {"kind": ChangesItself},
 }
 
 
@@ -358,7 +332,7 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time():
 
 def sees_ddps_own_forward(rank, world_size):
     original, seen = DistributedDataParallel.forward, []
-    model = wrapped(make(kind=ChangesItself), "DDP of each tower")
+    model = wrapped(make(), "DDP of each tower")
     look = lambda *_: seen.append(DistributedDataParallel.forward)  # noqa: E731
     model.text.module.register_forward_pre_hook(look)
     # The image tower runs twice. DDP sends the buffer of rank 0 before the second time.
@@ -463,7 +437,7 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column):
         del output["logit_scale"]
         chosen = output["image_features"][:, column] > 0.57
         negatives = output["negative_text_features"][chosen.repeat_interleave(2)]
-        return {**output, "negative_text_features": negatives if chosen.any() else None}
+        return Output({**output, "negative_text_features": negatives if chosen.any() else None})
 
     model, expected_model = make(training=False), make(training=False)
     log_scale, expected_scale = (
