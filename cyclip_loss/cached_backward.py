@@ -106,12 +106,12 @@ def cached_backward(
 
     Raises:
         ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, `split`
-            returns something else, the model's output is no tuple or dict, or has no features, a
-            buffer requires gradients, or a lazy module has no shape yet.
-        TypeError: an argument has another type, a buffer cannot be copied, or the loss is no scalar
-            or requires no gradients.
-        RuntimeError: the second run of a mini-batch gave other outputs than the first; a value
-            without rows differs between mini-batches; or the model changes an input in place.
+            returns something else, the model's output is no tuple or dict, or has no features, or a
+            lazy module has no shape yet.
+        TypeError: an argument has another type, a buffer cannot be copied, as one with a graph, or
+            the loss is no scalar or requires no gradients.
+        RuntimeError: the second run of a mini-batch differs from the first, or a value without rows
+            differs between mini-batches.
 
     The gradients are exact if the second run repeats the first. It does so with random numbers from
     Python's, NumPy's and PyTorch's default generators, on the CPU and the inputs' devices; and with
@@ -120,15 +120,17 @@ def cached_backward(
     them. A counter counts once for each mini-batch. Batch normalisation in training mode uses the
     statistics of each mini-batch, so the gradients are not those of the whole batch.
 
-    The second run does not repeat the first if the outputs depend on something else that forward
-    changes: parameters, as of a momentum encoder; larger tensors, arrays and other objects in
-    attributes; modules that are not registered; what hooks and functions hold; variables of classes
-    and of files; or random numbers of another device. So both runs are compared, by about 1,000
-    elements of each output. An error names the outputs that differ by more than rounding explains:
-    by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It comes after backward:
-    discard the gradients, to which the wrong ones were added. Of several ranks, one alone may raise
-    it. Not noticed are a smaller difference, one in values that are not floating-point tensors, and
-    a number that only scales features before they are normalised.
+    The second run does not repeat the first if it depends on something else that forward changes:
+    parameters, as of a momentum encoder; inputs in place; larger tensors, arrays and other objects
+    in attributes; modules that are not registered; what hooks and functions hold; variables of
+    classes and of files; or random numbers of another device. So both runs are compared: by about
+    1,000 elements of each output, and by the numbers that backward reads, such as the `scale` of
+    `normalize(scale * features)`. An error names the outputs that differ by more than rounding
+    explains: by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It comes after
+    backward: discard the gradients, to which the wrong ones were added. Of several ranks, one alone
+    may raise it. Not noticed are a smaller difference, one in tensors of integers, and one that
+    neither outputs nor numbers show, as if forward scales a parameter before a normalisation. To
+    find buffers that change, the host waits for a GPU once for each mini-batch.
 
     Try a new model with one mini-batch first: only there does PyTorch notice that forward changes
     in place what backward needs. And what is not restored, forward changes twice in a step: update
