@@ -309,7 +309,7 @@ def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
 
 
 def test_activations_of_one_mini_batch_are_alive_at_a_time():
-    alive = weakref.WeakSet()
+    alive, features, left = weakref.WeakSet(), weakref.WeakSet(), []
     most = 0
 
     def remember(module, args, output):
@@ -317,17 +317,24 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time():
         alive.add(output.untyped_storage())
         most = max(most, len(alive))
 
+    def keep(model, args, output):
+        features.add(output["image_features"].untyped_storage())
+
     def loss_fn(other, **arguments):
         assert not alive
+        # In backward only the features of the whole batch are left.
+        arguments["image_features"].register_hook(lambda grad: left.append(len(features)))
         return CyCLIPLoss()(**arguments)
 
     model, (images, _) = make(), inputs(3)
     model.image[0].register_forward_hook(remember)
+    model.register_forward_hook(keep)
     transform = lambda output: {**output, "other": model.image(images)}  # noqa: E731
     cached_backward(model, loss_fn, *inputs(12), mini_batch_size=3, output_transform=transform)
     # This tower is called twice. The activations for the output that the loss ignores may
     # live as long as the forward pass that computes them.
     assert most <= 2
+    assert left == [0]
 
 
 def sees_ddps_own_forward(rank, world_size):
