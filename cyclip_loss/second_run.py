@@ -148,7 +148,7 @@ def _numbers_of(outputs: list[Tensor]) -> str:
     So gradients are wrong if the numbers differ, even where a norm hides that from the outputs.
     """
     numbers, seen = [], set()
-    nodes = [x.grad_fn for x in outputs]
+    nodes: list[Any] = [x.grad_fn for x in outputs]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -164,7 +164,7 @@ def _numbers_of(outputs: list[Tensor]) -> str:
 
 def _numbers_of_node(node: Any) -> list[str]:
     # Beside what PyTorch saves: what a function of the user's own has put into its `ctx`.
-    values = [getattr(node, name) for name in _saved_names(type(node))]
+    values = [getattr(node, name) for name in _saved_names(node.__class__)]
     values += getattr(node, "__dict__", {}).values()
 
     def keep(x: Tensor) -> Tensor:
