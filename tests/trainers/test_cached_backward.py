@@ -337,9 +337,18 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time():
     assert left == [0]
 
 
+def subtract_mean(tower, args):
+    """A hook of a tower. It registers a buffer in its first call, and later changes it."""
+    if not hasattr(tower, "mean"):
+        tower.register_buffer("mean", torch.zeros_like(args[0][0]))
+    return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
+
+
 def sees_ddps_own_forward(rank, world_size):
     original, seen = DistributedDataParallel.forward, []
-    model = wrapped(make(), "DDP of each tower")
+    model = make()
+    model.image.register_forward_pre_hook(subtract_mean)
+    model = wrapped(model, "DDP of each tower")
     look = lambda *_: seen.append(DistributedDataParallel.forward)  # noqa: E731
     model.text.module.register_forward_pre_hook(look)
     # The image tower runs twice. DDP sends the buffer of rank 0 before the second time.
