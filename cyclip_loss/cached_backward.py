@@ -26,23 +26,27 @@ from torch.utils._pytree import (
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from cyclip_loss.options import integer
-from cyclip_loss.second_run import Copies, differs, is_unequal, sample_of, set_state, state_of
+from cyclip_loss.second_run import (
+    Copies,
+    differs,
+    is_unequal,
+    sample_of,
+    set_state,
+    state_of,
+    values_of,
+)
 
 SECOND_RUN = (
     "the second run of a mini-batch differs from the first: {}. The gradients were accumulated, "
     "and are wrong. The model depends on something that forward changes and that is not restored: "
-    "a parameter, as of a momentum encoder (update it outside of forward), a module or a tensor "
-    "that is not registered, an object of another kind, a variable outside of the modules, or "
-    "random numbers of another device"
+    "a parameter, as of a momentum encoder (update it outside of forward), an input in place, a "
+    "module or a tensor that is not registered, an object of another kind, a variable outside of "
+    "the modules, or random numbers of another device"
 )
 UNEQUAL = (
     "the mini-batches have different outputs {}, of which only the last was used, so the gradients "
     "are wrong. Outputs of fewer than two dimensions must not depend on the inputs: return one "
     "number per row with the shape (n, 1), and leave out by output_transform what the loss ignores"
-)
-UNNOTICED = (
-    "forward changed the buffers {} uncounted by PyTorch, such as through `.data`, and not in the "
-    "first mini-batch, so the gradients are wrong: change them in place in torch.no_grad()"
 )
 
 
@@ -102,12 +106,12 @@ def cached_backward(
 
     Raises:
         ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, `split`
-            returns something else, the model's output is no tuple or dict, or has no features, a
-            buffer requires gradients, or a lazy module has no shape yet.
-        TypeError: an argument has another type, a buffer cannot be copied, or the loss is no scalar
-            or requires no gradients.
-        RuntimeError: the second run of a mini-batch gave other outputs than the first; a value
-            without rows differs between mini-batches; or the model changes an input in place.
+            returns something else, the model's output is no tuple or dict, or has no features, or a
+            lazy module has no shape yet.
+        TypeError: an argument has another type, a buffer cannot be copied, as one with a graph, or
+            the loss is no scalar or requires no gradients.
+        RuntimeError: the second run of a mini-batch differs from the first, or a value without rows
+            differs between mini-batches.
 
     The gradients are exact if the second run repeats the first. It does so with random numbers from
     Python's, NumPy's and PyTorch's default generators, on the CPU and the inputs' devices; and with
@@ -116,15 +120,17 @@ def cached_backward(
     them. A counter counts once for each mini-batch. Batch normalisation in training mode uses the
     statistics of each mini-batch, so the gradients are not those of the whole batch.
 
-    The second run does not repeat the first if the outputs depend on something else that forward
-    changes: parameters, as of a momentum encoder; larger tensors, arrays and other objects in
-    attributes; modules that are not registered; what hooks and functions hold; variables of classes
-    and of files; or random numbers of another device. So both runs are compared, by about 1,000
-    elements of each output. An error names the outputs that differ by more than rounding explains:
-    by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It comes after backward:
-    discard the gradients, to which the wrong ones were added. Of several ranks, one alone may raise
-    it. Not noticed are a smaller difference, one in values that are not floating-point tensors, and
-    a number that only scales features before they are normalised.
+    The second run does not repeat the first if it depends on something else that forward changes:
+    parameters, as of a momentum encoder; inputs in place; larger tensors, arrays and other objects
+    in attributes; modules that are not registered; what hooks and functions hold; variables of
+    classes and of files; or random numbers of another device. So both runs are compared: by about
+    1,000 elements of each output, and by the numbers that backward reads, such as the `scale` of
+    `normalize(scale * features)`. An error names the outputs that differ by more than rounding
+    explains: by 0.1%, or by 6% if they have 16 bits or the call is under autocast. It comes after
+    backward: discard the gradients, to which the wrong ones were added. Of several ranks, one alone
+    may raise it. Not noticed are a smaller difference, one in tensors of integers, and one that
+    neither outputs nor numbers show, as if forward scales a parameter before a normalisation. To
+    find buffers that change, the host waits for a GPU once for each mini-batch.
 
     Try a new model with one mini-batch first: only there does PyTorch notice that forward changes
     in place what backward needs. And what is not restored, forward changes twice in a step: update
@@ -172,12 +178,12 @@ def cached_backward(
     paths, spec = tree_flatten_with_path(
         tree_map(lambda x: dict(x) if isinstance(x, Mapping) else x, batch)
     )
-    with_rows = {keystr(path): x for path, x in paths if isinstance(x, Tensor) and x.ndim}
+    with_rows = [x for _, x in paths if isinstance(x, Tensor) and x.ndim]
     if split is None:
         _check_rows(paths)
     if not with_rows:
         raise ValueError("inputs must have tensors with rows, got none")
-    first = next(iter(with_rows.values()))
+    first = with_rows[0]
     count = -(-first.size(0) // int(mini_batch_size)) or 1
     if uneven:
         largest = torch.tensor(count, device=first.device)
@@ -207,13 +213,12 @@ def cached_backward(
             return dict(output)
         return tuple(output) if isinstance(output, tuple | list) else output
 
-    copies = Copies()
+    copies = Copies(first.device)
     # Of the first run of each mini-batch: the states that it saw, and a sample of its outputs.
     noted: Any = {}
     samples: Any = {}
     final: Any = []  # the state to keep
-    # By error, whether it applies to a name. Only the end waits for a GPU.
-    found: Any = {SECOND_RUN: {}, UNEQUAL: {}, UNNOTICED: {}}
+    found: Any = {}  # by error and name: whether the error applies to the name
 
     def run(index: int, *_: Tensor) -> Any:
         no_early_stop.close()
@@ -222,15 +227,15 @@ def cached_backward(
         again = index in noted
         if again and not final:
             final.append(state_of(model))
-            found[UNNOTICED] = copies.unnoticed(final[0])
+            copies.update(final[0])
         before = iter(noted.setdefault(index, []))
 
         def start(module: nn.Module, *_: Any) -> None:
             """Note the state with which a module starts or, in the second run, set it."""
             if again:
-                set_state(copies.restored(next(before)))
+                set_state(copies.restored(next(before), final[0]))
             else:
-                noted[index].append(copies.noted(state_of(module), index))
+                noted[index].append(copies.noted(state_of(module)))
 
         start(model)
         with ExitStack() as stack:
@@ -245,24 +250,12 @@ def cached_backward(
                         )
                     if again or index:
                         stack.enter_context(patch.object(module, "forward", module.module.__call__))
-            versions = [
-                (keystr(path), x, x._version)
-                for path, x in tree_flatten_with_path(mini_batches[index])[0]
-                if isinstance(x, Tensor) and x.is_floating_point() and not x.is_inference()
-            ]
             output = outputs_of(mini_batches[index])
-        for name, x, version in versions:
-            if x._version != version:
-                raise RuntimeError(
-                    f"the model changes its input {name} in place, and the second run needs it as "
-                    "it was: copy it in forward"
-                )
         sample = sample_of(output)
-        first = samples.setdefault(index, sample)
-        differing = found[SECOND_RUN]
-        for name in {**first, **sample}:
-            is_other = differs(first.get(name), sample.get(name))
-            differing[name] = differing.get(name, False) | is_other
+        first_sample = samples.setdefault(index, sample)
+        for name in {**first_sample, **sample}:
+            is_other = differs(first_sample.get(name), sample.get(name))
+            found[SECOND_RUN, name] = found.get((SECOND_RUN, name), False) | is_other
         return output
 
     outputs = []
@@ -278,13 +271,12 @@ def cached_backward(
                 data = [x.data for x in tree_leaves(mini_batch) if isinstance(x, Tensor)]
                 outputs.append(checkpoint(run, index, *data, use_reentrant=False))
     unequal = tree_map(_unequal, *outputs)
-    found[UNEQUAL] = {keystr(path): x for path, x in tree_flatten_with_path(unequal)[0]}
+    found.update(((UNEQUAL, keystr(path)), x) for path, x in tree_flatten_with_path(unequal)[0])
     joined = tree_map(_joined, *outputs)
-    args = joined if isinstance(joined, tuple | list) else ()
-    kwargs = joined if isinstance(joined, dict) else {}
-    if not any(getattr(x, "ndim", 0) > 1 for x in (*args, *kwargs.values())):
+    if not isinstance(joined, tuple | dict) or not _has_rows(tree_leaves(joined)):
         raise ValueError(f"model must return a tuple or a dict with features, got {joined!r}")
     try:
+        args, kwargs = ((), joined) if isinstance(joined, dict) else (joined, {})
         loss = loss_fn(*args, **kwargs, **loss_kwargs)
         total: Any = sum(loss.values()) if isinstance(loss, dict) else loss
         if not getattr(total, "requires_grad", False) or total.numel() != 1:
@@ -301,10 +293,12 @@ def cached_backward(
     finally:
         if final:
             set_state(final[0])
-    for message, flags in found.items():
-        names = [name for name, flag in flags.items() if flag]
-        if names:
-            raise RuntimeError(message.format(", ".join(names)))
+    flags = values_of(found.values(), first.device)
+    errors = [key for key, flag in zip(found, flags, strict=True) if flag]
+    if errors:
+        message = errors[0][0]
+        names = [name for other, name in errors if other == message]
+        raise RuntimeError(message.format(", ".join(names)))
     return tree_map_only(Tensor, Tensor.detach, loss)
 
 

@@ -2,9 +2,12 @@
 
 import random
 from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
 from copy import deepcopy
+from functools import lru_cache
+from itertools import compress
 from typing import Any, NamedTuple
-from weakref import ref
 
 import numpy as np
 import torch
@@ -18,182 +21,171 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 # The attributes of DDP and FSDP1 say what they have sent in this step.
 WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
-
-
-class ModuleState(NamedTuple):
-    """The objects that a module holds, by name."""
-
-    module: nn.Module
-    submodules: dict[str, Any]
-    buffers: dict[str, Any]
-    attributes: dict[str, Any]
+# The dicts of a module: its submodules, buffers and attributes.
+KINDS = ("_modules", "_buffers", "__dict__")
+Key = tuple[nn.Module, str, str]  # a module, one of these, and a name
 
 
 class State(NamedTuple):
-    """What forward may change: of each module, and of Python's and NumPy's random numbers."""
+    """What forward may change."""
 
-    modules: list[ModuleState]
-    python: Any
+    modules: list[nn.Module]
+    values: dict[Key, Any]
+    python: Any  # of its random numbers
     numpy: Any
 
 
 def state_of(model: nn.Module) -> State:
     """The state of the model. It holds the objects themselves, not copies."""
-    modules = [
-        ModuleState(x, dict(x._modules.items()), dict(x._buffers.items()), _attributes(x))
-        for x in model.modules()
-    ]
-    return State(modules, random.getstate(), np.random.get_state())
+    modules = [*model.modules()]
+    return State(modules, _values_of(modules), random.getstate(), np.random.get_state())
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    if type(module).__module__.startswith(WRAPPERS):
-        return {}
-    return {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+def _values_of(modules: list[nn.Module]) -> dict[Key, Any]:
+    return {
+        (module, kind, name): x
+        for module in modules
+        for kind in KINDS[: 2 if type(module).__module__.startswith(WRAPPERS) else 3]
+        for name, x in getattr(module, kind).items()
+        if kind != "__dict__" or name not in OF_EVERY_MODULE
+    }
 
 
 def set_state(state: State) -> None:
     """Let the modules have these submodules, buffers and attributes, and no others."""
-    for module, submodules, buffers, attributes in state.modules:
-        for current, values in ((module._modules, submodules), (module._buffers, buffers)):
-            # A scripted module has no such method, and registers nothing in forward.
-            getattr(current, "clear", list)()
-            for name in values:
-                current[name] = values[name]
-        for name in _attributes(module).keys() - attributes.keys():
-            delattr(module, name)
-        vars(module).update({name: x for name, x in attributes.items() if x is not ...})
+    for module, kind, name in _values_of(state.modules).keys() - state.values.keys():
+        del getattr(module, kind)[name]
+    for (module, kind, name), x in state.values.items():
+        if x is not ...:
+            getattr(module, kind)[name] = x
     random.setstate(state.python)
     np.random.set_state(state.numpy)
-
-
-class Copy(NamedTuple):
-    """A buffer, the version at which it was copied, and its copy."""
-
-    buffer: "ref[Tensor]"
-    version: int
-    value: Tensor
 
 
 class Copies:
     """Copies of the states with which mini-batches start.
 
     A buffer that did not change shares its last copy. PyTorch counts changes, but neither those
-    through `.data` nor those of batch normalisation. So the second mini-batch compares values, for
-    which the host waits for a GPU. Buffers that changed uncounted are then copied each time.
+    through `.data` nor those of batch normalisation. So values are compared.
     """
 
-    def __init__(self) -> None:
-        self.latest: dict[int, Copy] = {}  # by id of the buffer
-        self.uncounted: set[int] = set()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.latest: dict[Key, Any] = {}  # the last copy of each buffer
+        self.changed: set[Key] = set()
 
-    def noted(self, state: State, index: int) -> State:
-        """A state whose buffers are `Copy` and whose attributes are copies. Of others: `...`.
-
-        index: of the mini-batch that starts.
-        """
+    def update(self, state: State) -> None:
+        """Copy the buffers that are new or have changed. The host waits for the device once."""
+        buffers = {key: x for key, x in state.values.items() if key[1] == "_buffers"}
+        known = [key for key in buffers if key in self.latest]
+        flags = [is_unequal(self.latest[key], buffers[key]) for key in known]
+        changed = set(compress(known, values_of(flags, self.device)))
+        self.changed |= changed
         memo: Any = {}  # what modules share, their copies share
-
-        def noted(name: str, buffer: Tensor | None) -> Copy | None:
-            if buffer is None:
-                return None
-            if buffer.requires_grad:
-                raise ValueError(
-                    f"buffer {name!r} requires gradients: detach what forward stores in it, or "
-                    "make it a parameter"
-                )
-            latest = self.latest.get(id(buffer)) if index else None
-            if latest and self._is_unchanged(latest):
-                if index > 1 or torch.equal(latest.value, buffer):
-                    return latest
-                self.uncounted.add(id(buffer))
+        for key in changed | (buffers.keys() - self.latest.keys()):
             try:
-                latest = Copy(ref(buffer), buffer._version, deepcopy(buffer, memo))
+                self.latest[key] = deepcopy(buffers[key], memo)
             except Exception as error:
-                raise TypeError(f"buffer {name!r} cannot be copied: {error}") from error
-            self.latest[id(buffer)] = latest
-            return latest
+                raise TypeError(f"buffer {key[2]!r} cannot be copied: {error}") from error
 
-        modules = [
-            x._replace(
-                buffers={name: noted(name, buffer) for name, buffer in x.buffers.items()},
-                attributes={name: _copied(value, memo) for name, value in x.attributes.items()},
-            )
-            for x in state.modules
-        ]
-        return state._replace(modules=modules)
+    def noted(self, state: State) -> State:
+        """A state with copies, which forward does not change."""
+        self.update(state)
+        return _copied(state, self.latest)
 
-    def restored(self, state: State) -> State:
+    def restored(self, state: State, final: State) -> State:
         """A noted state as a second run may change it: with new copies of what has changed."""
-        memo: Any = {}
-
-        def restored(copy: Copy | None) -> Tensor | None:
-            if copy is None:
-                return None
-            return copy.buffer() if self._is_unchanged(copy) else deepcopy(copy.value, memo)
-
-        modules = [
-            x._replace(
-                buffers={name: restored(copy) for name, copy in x.buffers.items()},
-                attributes={name: _copied(value, memo) for name, value in x.attributes.items()},
-            )
-            for x in state.modules
-        ]
-        return state._replace(modules=modules)
-
-    def _is_unchanged(self, copy: Copy) -> bool:
-        """Whether the buffer is as it was when it was copied, by PyTorch's count of its changes."""
-        buffer = copy.buffer()  # None if forward has replaced it
-        return (
-            buffer is not None
-            and buffer._version == copy.version
-            and id(buffer) not in self.uncounted
-        )
-
-    def unnoticed(self, state: State) -> dict[str, Tensor]:
-        """By name of a buffer: whether it changed later than in the first mini-batch, uncounted."""
-        return {
-            name: (self.latest[id(buffer)].value != buffer).any()
-            for x in state.modules
-            for name, buffer in x.buffers.items()
-            if id(buffer) in self.latest and self._is_unchanged(self.latest[id(buffer)])
-        }
+        constant = self.latest.keys() - self.changed
+        return _copied(state, {key: x for key, x in final.values.items() if key in constant})
 
 
-def _copied(value: Any, memo: Any) -> Any:
-    """A copy of numbers, strings, generators, and containers of them; of all else `...`.
+def _copied(state: State, buffers: dict[Key, Any]) -> State:
+    """A copy of a state, with these buffers; `...` for what is not copied.
 
     A copy of other objects could hold a copy of the model. Other tensors may be large: models keep
     attention maps in attributes.
     """
-    if isinstance(value, PLAIN):
-        return value
+    memo: Any = {}
 
-    def is_copied(x: Any) -> bool:
-        if isinstance(x, dict):
-            return all(map(is_copied, (*x.keys(), *x.values())))
-        if isinstance(x, CONTAINERS):
-            return all(map(is_copied, x))
-        if isinstance(x, Tensor):
-            return not x.ndim and not x.requires_grad
-        return isinstance(x, (*PLAIN, *GENERATORS, np.generic))
+    def copied(key: Key, x: Any) -> Any:
+        if key[1] == "_modules":
+            return x
+        if key in buffers:
+            return buffers[key]
+        return deepcopy(x, memo) if key[1] == "_buffers" or _is_copied(x) else ...
 
-    return deepcopy(value, memo) if is_copied(value) else ...
+    return state._replace(values={key: copied(key, x) for key, x in state.values.items()})
+
+
+def _is_copied(attribute: Any) -> bool:
+    """Whether it is a number, a string, a generator, or a container of them."""
+    x = [*attribute, *attribute.values()] if isinstance(attribute, dict) else attribute
+    if isinstance(x, CONTAINERS):
+        return all(map(_is_copied, x))
+    if isinstance(x, Tensor):
+        return not x.ndim and not x.requires_grad
+    return isinstance(x, (*PLAIN, *GENERATORS, np.generic))
 
 
 def sample_of(output: Any) -> dict[str, Any]:
-    """By name: a copy of about 1,000 elements of each tensor, or of all if it has fewer.
+    """By name: a copy of about 1,000 elements of each tensor, and the numbers in their graph.
 
     A copy of all features would take as much memory as their gradients. The step is odd, so that it
     comes to all columns if D is a power of 2.
     """
+    leaves = {keystr(path): x for path, x in tree_flatten_with_path(output)[0]}
+    tensors = {name: x for name, x in leaves.items() if isinstance(x, Tensor)}
+    samples = {
+        name: x.detach().flatten()[:: x.numel() // 1024 | 1].clone() for name, x in tensors.items()
+    }
+    return {**leaves, **samples, "a number in its graph": _numbers_of([*tensors.values()])}
 
-    def sample(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.detach().flatten()[:: x.numel() // 1024 | 1].clone()
 
-    return {keystr(path): sample(x) for path, x in tree_flatten_with_path(output)[0]}
+def _numbers_of(outputs: list[Tensor]) -> str:
+    """The numbers that backward reads, such as the 2 of `x * 2`, to four digits.
+
+    Backward reads tensors of the second run, but numbers of the first: checkpoints see no numbers.
+    So gradients are wrong if the numbers differ, even where a norm hides that from the outputs.
+    """
+    numbers, seen = [], set()
+    nodes: list[Any] = [x.grad_fn for x in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        # Both runs share the nodes of a graph that the inputs have.
+        if "numbers" not in node.metadata:
+            node.metadata["numbers"] = _numbers_of_node(node)
+        numbers += node.metadata["numbers"]
+    return " ".join(numbers)
+
+
+def _numbers_of_node(node: Any) -> list[str]:
+    # Beside what PyTorch saves: what a function of the user's own has put into its `ctx`.
+    values = [getattr(node, name) for name in _saved_names(node.__class__)]
+    values += getattr(node, "__dict__", {}).values()
+
+    def keep(x: Tensor) -> Tensor:
+        if not x.ndim and x.is_cpu:
+            values.append(x.item())
+        return x
+
+    for value in [*values]:
+        if hasattr(value, "register_hooks"):
+            # PyTorch calls `keep` with a number, as a tensor. What the checkpoint saves has hooks
+            # already, so that PyTorch raises an error.
+            with suppress(RuntimeError):
+                value.register_hooks(keep, lambda x: x)
+    return [f"{x:.3e}" for x in values if isinstance(x, int | float | complex)]
+
+
+@lru_cache
+def _saved_names(kind: type) -> list[str]:
+    """The attributes of a node for what it saves: of tensors those that do not unpack them."""
+    names = [x for x in dir(kind) if x.startswith(("_saved_", "_raw_saved_"))]
+    return [x for x in names if "_raw" + x not in names and not x.endswith(("sizes", "strides"))]
 
 
 def differs(first: Any, second: Any) -> Any:
@@ -202,19 +194,18 @@ def differs(first: Any, second: Any) -> Any:
     Kernels that sum in another order change the outputs of a 12-layer CLIP by 1e-6 of their norm
     in float32, 3e-4 with tf32 products, 0.1% in float16 and 0.9% in bfloat16, as each layer rounds
     anew. Outputs that are off by less than the bound mean gradients that are off by about as much.
-    Elements that are not finite in both runs are left out.
+    Elements that are not finite count as 0.
     """
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return isinstance(first, Tensor) != isinstance(second, Tensor)
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return is_unequal(first, second)
     if first.shape != second.shape:
         return True
     if not first.is_floating_point():
         return False
     is_short = first.itemsize < 4 or torch.is_autocast_enabled(first.device.type)
-    only_one = (first.isfinite() != second.isfinite()).any()
     first, second = first.nan_to_num(0, 0, 0), second.nan_to_num(0, 0, 0)
     bound = 0.06 if is_short else 1e-3
-    return only_one | (torch.dist(first, second) > bound * first.norm())
+    return torch.dist(first, second) > bound * first.norm()
 
 
 def is_unequal(first: Any, second: Any) -> Any:
@@ -226,3 +217,15 @@ def is_unequal(first: Any, second: Any) -> Any:
     if isinstance(first, PLAIN) and isinstance(second, PLAIN):
         return first != second and (first == first or second == second)
     return isinstance(first, Tensor) != isinstance(second, Tensor)
+
+
+def values_of(flags: Iterable[Any], device: torch.device) -> list[Any]:
+    """The values of bools and of tensors on any device. The host waits for the device once."""
+    tensors = [
+        # `torch.tensor(x, device=device)` would wait.
+        x.to(device, non_blocking=True)
+        if isinstance(x, Tensor)
+        else torch.full((), x, device=device)
+        for x in flags
+    ]
+    return torch.stack(tensors).tolist() if tensors else []

@@ -117,11 +117,7 @@ def assert_close(found, expected, rtol=1e-9):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-3 * rtol * largest)
 
 
-def compare_steps(
-    wrap=lambda model: model,
-    ids=None,
-    kind=Model,
-):
+def compare_steps(wrap=lambda model: model, ids=None, kind=Model):
     """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives."""
     ids = None if ids is None else ids.to(own_device())
     model, expected_model = wrap(make(kind=kind)), make(kind=kind)
@@ -195,12 +191,11 @@ def test_autocast_and_scaler_round_as_in_one_graph(dtype, device):
 
 class ReadsAndChangesBuffers(Model):
     """Buffers changed in place, under two names, replaced, and first set by the first batch. Has a
-    scripted normalisation, too, and an attribute named `module`.
+    scripted normalisation, too.
     """
 
     def __init__(self):
         super().__init__()
-        self.module = "clip"
         self.scripted = torch.jit.script(nn.BatchNorm1d(TEXT_SIZE))
         self.text[0] = nn.utils.parametrizations.spectral_norm(self.text[0])
         self.register_buffer("center", torch.zeros(IMAGE_SIZE))
@@ -223,36 +218,11 @@ class Output(dict):  # type: ignore[type-arg]
     """No node of PyTorch's trees."""
 
 
-class ChangesItself(Model):
-    """For a part of forward an attribute is set. A hook of the image tower registers a buffer in
-    its first call, and later changes it. The output is of a subclass of dict.
-    """
-
-    shift = 0.0
-
-    def __init__(self):
-        super().__init__()
-        self.image.register_forward_pre_hook(subtract_mean)
-
-    def forward(self, images, *others):
-        images, self.shift = images + self.shift, 1.0
-        output = super().forward(images, *others)
-        self.shift = 0.0
-        return Output(output)
-
-
-def subtract_mean(tower, args):
-    if not hasattr(tower, "mean"):
-        tower.register_buffer("mean", torch.zeros_like(args[0][0]))
-    return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
-
-
 CASES = {
     "dropout": {},
     "inner checkpoints": {"wrap": with_inner_checkpoints},
     "views, negatives and ids": {"ids": torch.arange(N) % 7},
     "buffers": {"kind": ReadsAndChangesBuffers},
-    "attributes": {"kind": ChangesItself},
 }
 
 
@@ -269,11 +239,14 @@ def test_one_mini_batch_runs_once_and_checkpoints_in_the_model_stop_early():
         assert calls == {"image": expected}
 
 
-def test_an_error_in_backward_leaves_the_buffers_of_one_run():
+def test_an_error_in_backward_is_raised_and_leaves_the_buffers_of_one_run():
+    """Although the runs differ."""
+
     def fail(grad):
         raise ArithmeticError
 
-    model, expected_model = make(), make()
+    model, expected_model, calls = make(), make(), itertools.count()
+    model.text[-1].register_forward_hook(lambda _, args, output: output + next(calls))
     model.image[0].weight.register_hook(fail)
     with pytest.raises(ArithmeticError):
         cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
@@ -305,29 +278,28 @@ def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model():
 @pytest.mark.parametrize(
     ("change", "dtype", "autocast", "is_error"),
     [
-        (lambda x, y, call: y + 3e-4 * call, torch.float32, False, True),
-        (lambda x, y, call: y + 1e-6 * call, torch.float32, False, False),
-        (lambda x, y, call: y + 1e-3 * call, torch.float32, True, False),
-        (lambda x, y, call: y + 1e-3 * call, torch.bfloat16, False, False),
-        (lambda x, y, call: y + 3e-2 * call, torch.bfloat16, False, True),
-        (lambda x, y, call: y * torch.nan, torch.float32, False, False),
-        (lambda x, y, call: y * (torch.nan if call > 2 else 1), torch.float32, False, True),
-        (
-            lambda x, y, call: (y + call).masked_fill(y == y[0], torch.inf),
-            torch.float32,
-            False,
-            True,
-        ),
-        (lambda x, y, call: y[:, call // 3 :], torch.float32, False, True),
+        (3e-4, torch.float32, False, True),
+        (1e-6, torch.float32, False, False),
+        (1e-3, torch.float32, True, False),
+        (1e-3, torch.bfloat16, False, False),
+        (3e-2, torch.bfloat16, False, True),
+        (torch.nan, torch.float32, False, False),  # in both runs
+        (lambda y, call: y * (torch.nan if call > 2 else 1), torch.float32, False, True),
+        (lambda y, call: y.masked_fill(y == y[0], torch.inf) + call, torch.float32, False, True),
+        (lambda y, call: y[:, call // 3 :], torch.float32, False, True),
     ],
 )
 def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
     change, dtype, autocast, is_error, device
 ):
-    """change(x, y, call): the output of a tower instead of y = tower(x). Calls 0 to 2 are first."""
+    """Changes the output y of a tower. Calls 0 to 2 are first runs. A number: of y + change * call.
+
+    Backward does not read the numbers that are added.
+    """
     model, calls = make(training=False).float(), itertools.count()
-    model.image.register_forward_hook(lambda _, args, output: change(*args, output, next(calls)))
-    message = r"differs from the first: (\['image_features'\]|what it computes)\."
+    changed = change if callable(change) else lambda y, call: y + change * call
+    model.image.register_forward_hook(lambda _, args, output: changed(output, next(calls)))
+    message = r"differs from the first: (\['image_features'\]|what it computes)"
     raises = pytest.raises(RuntimeError, match=message) if is_error else nullcontext()
     with raises, torch.autocast(device.type, enabled=autocast):
         cached_backward(
@@ -336,15 +308,8 @@ def test_only_outputs_that_differ_by_more_than_rounding_are_an_error(
         )  # fmt: skip
 
 
-class HasAnotherOutput(Model):
-    """Its third output has a graph."""
-
-    def forward(self, images, texts):
-        return {**super().forward(images, texts), "other": self.image(2 * images)}
-
-
 def test_activations_of_one_mini_batch_are_alive_at_a_time():
-    alive = weakref.WeakSet()
+    alive, features, left = weakref.WeakSet(), weakref.WeakSet(), []
     most = 0
 
     def remember(module, args, output):
@@ -352,21 +317,38 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time():
         alive.add(output.untyped_storage())
         most = max(most, len(alive))
 
+    def keep(model, args, output):
+        features.add(output["image_features"].untyped_storage())
+
     def loss_fn(other, **arguments):
         assert not alive
+        # In backward only the features of the whole batch are left.
+        arguments["image_features"].register_hook(lambda grad: left.append(len(features)))
         return CyCLIPLoss()(**arguments)
 
-    model = make(kind=HasAnotherOutput)
+    model, (images, _) = make(), inputs(3)
     model.image[0].register_forward_hook(remember)
-    cached_backward(model, loss_fn, *inputs(), mini_batch_size=3)
-    # The model calls this tower twice. The activations for the output that the loss ignores may
+    model.register_forward_hook(keep)
+    transform = lambda output: {**output, "other": model.image(images)}  # noqa: E731
+    cached_backward(model, loss_fn, *inputs(12), mini_batch_size=3, output_transform=transform)
+    # This tower is called twice. The activations for the output that the loss ignores may
     # live as long as the forward pass that computes them.
     assert most <= 2
+    assert left == [0]
+
+
+def subtract_mean(tower, args):
+    """A hook of a tower. It registers a buffer in its first call, and later changes it."""
+    if not hasattr(tower, "mean"):
+        tower.register_buffer("mean", torch.zeros_like(args[0][0]))
+    return args[0] - tower.mean.lerp_(args[0].mean(0), 0.5)
 
 
 def sees_ddps_own_forward(rank, world_size):
     original, seen = DistributedDataParallel.forward, []
-    model = wrapped(make(kind=ChangesItself), "DDP of each tower")
+    model = make()
+    model.image.register_forward_pre_hook(subtract_mean)
+    model = wrapped(model, "DDP of each tower")
     look = lambda *_: seen.append(DistributedDataParallel.forward)  # noqa: E731
     model.text.module.register_forward_pre_hook(look)
     # The image tower runs twice. DDP sends the buffer of rank 0 before the second time.
@@ -398,13 +380,7 @@ def wrapped(model, wrapper):
     return fully_shard(model)
 
 
-def on_rank(
-    rank,
-    world_size,
-    wrapper,
-    rows,
-    mini_batch_sizes,
-):
+def on_rank(rank, world_size, wrapper, rows, mini_batch_sizes):
     """The results of the last step, and the collectives of an ordinary and of a cached step."""
     model = wrapped(make(training=False), wrapper)
     loss_fn = CyCLIPLoss(uneven=len(set(rows)) > 1)
@@ -477,7 +453,7 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column):
         del output["logit_scale"]
         chosen = output["image_features"][:, column] > 0.57
         negatives = output["negative_text_features"][chosen.repeat_interleave(2)]
-        return {**output, "negative_text_features": negatives if chosen.any() else None}
+        return Output({**output, "negative_text_features": negatives if chosen.any() else None})
 
     model, expected_model = make(training=False), make(training=False)
     log_scale, expected_scale = (
@@ -496,27 +472,30 @@ def test_the_output_may_be_mapped_and_the_scale_be_outside_of_the_model(column):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("name", "value", "error", "message"),
     [
-        ({"mini_batch_size": 0}, ValueError, "mini_batch_size must be at least 1, got 0"),
-        ({"mini_batch_size": 2.5}, TypeError, "mini_batch_size must be an integer, got 2.5"),
-        ({"inputs": [torch.ones(3, 6), torch.ones(2, 5)]}, ValueError, r"'inputs\[1\]': 2}"),
-        ({"inputs": [np.ones((9, 9))]}, TypeError, r"inputs\[0\] must be a tensor"),
-        ({"inputs": [torch.tensor(1.0)]}, TypeError, r"inputs\[0\] must be a tensor with rows"),
-        ({"inputs": []}, ValueError, "inputs must have tensors with rows"),
-        ({"output_transform": lambda output: {"logit_scale": 1.0}}, ValueError, "features"),
-        ({"loss_fn": lambda image_features, **_: image_features}, TypeError, "return a scalar"),
-        ({"loss_fn": lambda **_: torch.tensor(1.0)}, TypeError, "require gradients"),
-        ({"model": make}, TypeError, "model must be"),
-        ({"scaler": "x"}, TypeError, "scaler must be"),
-        ({"uneven": "no"}, TypeError, "uneven must be"),
-        ({"process_group": "x"}, TypeError, "process_group must be"),
+        ("mini_batch_size", 0, ValueError, "mini_batch_size must be at least 1, got 0"),
+        ("mini_batch_size", 2.5, TypeError, "mini_batch_size must be an integer, got 2.5"),
+        ("inputs", [torch.ones(3, 6), torch.ones(2, 5)], ValueError, r"'inputs\[1\]': 2}"),
+        ("inputs", [np.ones((9, 9))], TypeError, r"inputs\[0\] must be a tensor"),
+        ("inputs", [torch.tensor(1.0)], TypeError, r"inputs\[0\] must be a tensor with rows"),
+        ("inputs", [], ValueError, "inputs must have tensors with rows"),
+        ("output_transform", lambda output: {"logit_scale": 1.0}, ValueError, "features"),
+        ("output_transform", lambda output: output["text_features"], ValueError, "tuple or a dict"),
+        ("loss_fn", lambda image_features, **_: image_features, TypeError, "return a scalar"),
+        ("loss_fn", lambda **_: torch.tensor(1.0), TypeError, "require gradients"),
+        *(
+            (name, "x", TypeError, f"{name} must be")
+            for name in ("model", "scaler", "uneven", "process_group")
+        ),
     ],
-)  # fmt: skip
-def test_a_wrong_use_is_named(options, error, message):
-    arguments = {"inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4} | options
+)
+def test_a_wrong_use_is_named(name, value, error, message):
     model = make()
-    call = partial(cached_backward, arguments.pop("model", model), arguments.pop("loss_fn"))
+    options = {"model": model, "inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4}
+    options[name] = value
     with pytest.raises(error, match=message):
-        call(*arguments.pop("inputs"), **arguments)
+        cached_backward(
+            options.pop("model"), options.pop("loss_fn"), *options.pop("inputs"), **options
+        )
     assert all(parameter.grad is None for parameter in model.parameters())
