@@ -55,7 +55,7 @@ def factors_kernel(
         factor = round_to_tf32(factor)
     size = padded_d * padded_d
     tl.store(factors + matrix.to(tl.int64) * size + index, factor, mask=index < size)
-    if means is not None:
+    if means is not None:  # noqa: SIM102 (decided when it is compiled, unlike the next one)
         if matrix == 0:
             is_mean = index < padded_d
             image_mean = tl.load(means + index, is_mean, 0.0)
