@@ -9,21 +9,19 @@ import faulthandler
 import gc
 import io
 import multiprocessing
-import os
 import pickle
 import tempfile
 import traceback
 import warnings
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
 from multiprocessing.connection import wait
-from multiprocessing.forkserver import ensure_running
 
 import pytest
 import torch
 import torch.distributed as dist
 from interpreter import speed_up
+from processes import fork_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -144,33 +142,6 @@ class Collectives(TorchDispatchMode):
             name = f"all_reduce {args[1]}" if name == "all_reduce" else name
             self.found.append((name, tensor.nbytes))
         return result
-
-
-# What takes long to import. The first also imports Triton, and so its interpreter.
-PRELOADED = (
-    "torch._dynamo",
-    "torch._inductor.config",
-    "functorch.compile",
-    "torch.export._trace",
-    "torch.distributed.fsdp",
-    "hypothesis",
-    "pytest",
-    "open_clip_train.main",
-    "cyclip_loss",
-)
-
-
-@lru_cache
-def fork_context():
-    """A context that forks from a process which has imported slow modules and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    ensure_running()
-    os.environ.clear()
-    os.environ |= before
-    return context
 
 
 def _serve(rank, device, connection):

@@ -13,7 +13,7 @@ from accuracy import evaluate
 from inputs import Case
 from support import setting
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cyclip_loss import CyCLIPWarning, engines, kernels
 from cyclip_loss.engines import eager, verification
@@ -41,10 +41,6 @@ def scaled(index, original, *arguments, factor=1.01):
     results = original(*arguments)
     tree_leaves(results)[index].mul_(factor)
     return results
-
-
-def without_nan(original, *arguments):
-    return tree_map_only(Tensor, torch.nan_to_num, original(*arguments))
 
 
 def without_nan_in(index, original, *arguments):
@@ -126,7 +122,7 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
         results = enumerate(tree_leaves(original(*arguments)))
         scale = partial(scaled, factor=1.01 if dtype == BFLOAT16 else 1.001)
         faults = [partial(scale, index) for index, x in results if x is not None and x.any()]
-        faults += [] if options else [without_nan, *(partial(without_nan_in, i) for i in (0, 1))]
+        faults += [] if options else [partial(without_nan_in, i) for i in (0, 1)]
         if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
             faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
             faults += [partial(with_ids, lambda ids: ids.clamp(min=0))]
@@ -144,12 +140,6 @@ def as_on_a_gpu(dtype, **functions):
     return engine
 
 
-def with_row_lse(change, original, logits):
-    lse = original(logits)
-    lse.of_rows.copy_(change(original, logits, lse.of_rows))
-    return lse
-
-
 def without_tile(index, original, *arguments):
     """Of a result, a tile beside the diagonal is 0."""
     results = original(*arguments)
@@ -157,38 +147,6 @@ def without_tile(index, original, *arguments):
     return results
 
 
-def without_tile_of_g(original, logits, saved, needs, float32_grads):
-    """The gradients of 128 rows lack what 128 columns add to them."""
-    grads = original(logits, saved, needs, float32_grads)
-    parts = saved.row_lse[:128], saved.column_lse[:128], saved.pair_gradient[:128], saved.unit
-    tile = original(logits.block(0, 128, 0, 128), SavedStatistics(*parts), needs, float32_grads)
-    grads.rows[:128] -= tile.rows
-    return grads
-
-
-def without_rows(original, image, text, means, with_cross):
-    return original(image[16:], text[16:], means, with_cross)
-
-
-LSE_FAULTS = {
-    "off by 0.05": lambda original, logits, lse: lse + 0.05,
-    "20 columns left out": lambda original, logits, lse: (
-        original(logits.block(0, len(lse), 20)).of_rows
-    ),
-    "a tile twice": lambda original, logits, lse: torch.logaddexp(
-        lse, original(logits.block(0, len(lse), 0, 128)).of_rows
-    ),
-}
-# By the function: what a kernel may do wrong, and PyTorch does not.
-FAULTS = {
-    LSE: [partial(with_row_lse, change) for change in LSE_FAULTS.values()],
-    GRADS: [without_tile_of_g, *(partial(scaled, i) for i in range(3))],
-    SIGMOID: [partial(scaled, i) for i in range(4)],
-    GRAMS: [without_rows, partial(scaled, 0)],
-    CYCLIC_GRADS: [partial(scaled, 0), partial(scaled, 1)],
-}
-# The index of a result that has tiles.
-TILED = {GRADS: 1, SIGMOID: 2, GRAMS: 0, CYCLIC_GRADS: 1}
 PRECISIONS = [
     (torch.float32, "highest"),
     (torch.float32, "high"),
@@ -212,20 +170,26 @@ def calls(dtype, d):
     }
 
 
-@pytest.mark.parametrize("function", FAULTS)
+@pytest.mark.parametrize("function", [*PLAIN, SIGMOID])
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS[1:], ids=str)
 def test_the_batch_of_a_gpu_shows_what_rounding_does_not_explain(dtype, precision, function):
-    """Where D is 512 or 768. Without a fault PyTorch agrees with itself in float64."""
+    """Where D is 512 or 768. Without a fault PyTorch agrees with itself in float64.
+
+    A log-sum-exp of 700 logits is off by 0.03 if 20 of them are left out.
+    """
     original, arguments = getattr(eager, function), calls(dtype, 512)[function]
-    faults = list(FAULTS[function])
-    if function in TILED:
-        faults.append(partial(without_tile, TILED[function]))
+    engine = VerifiedKernels(SimpleNamespace(), torch.device("cuda"), dtype)
+    engine.device = torch.device("cpu")
+    factor = 1.003 if function == LSE else 1.01
     with setting("float32_matmul_precision", precision):
-        as_on_a_gpu(dtype, **{function: original}).compare(function, arguments)
-        for fault in faults:
-            engine = as_on_a_gpu(dtype, **{function: partial(fault, original)})
-            with pytest.raises(AssertionError, match="not close"):
-                engine.compare(function, arguments)
+        setattr(engine.kernels, function, original)
+        engine.compare(function, arguments)
+        for index, result in enumerate(tree_leaves(original(*arguments))):
+            faults = [partial(scaled, factor=factor), *[without_tile] * (result.ndim > 1)]
+            for fault in faults:
+                setattr(engine.kernels, function, partial(fault, index, original))
+                with pytest.raises(AssertionError, match="not close"):
+                    engine.compare(function, arguments)
 
 
 def rounded_as_by_a_gpu(original, a, b, dtype):
@@ -257,25 +221,14 @@ def test_rounding_is_no_fault(dtype, precision, monkeypatch):
             engine.compare(function, arguments)
 
 
-@pytest.mark.parametrize("offset", [-2, 2, NO_PAIRS])
-def test_a_fault_where_the_columns_are_not_those_of_the_rows_is_noticed(offset, monkeypatch):
+def test_columns_before_and_behind_the_rows_and_without_pairs_are_layouts(monkeypatch):
     """In a ring, a block's pairs are before or behind the rows. Extra negatives have none."""
-    original, engine = kernels.contrastive_lse, verified(BFLOAT16)
-
-    def kind(x):
-        return x < 0, x > 0, x == NO_PAIRS
-
-    def wrong_only_there(logits):
-        here = kind(logits.partner_offset) == kind(offset)
-        return original(logits._replace(partner_offset=0) if here else logits)
-
-    monkeypatch.setattr(kernels, LSE, wrong_only_there)
+    compared, engine = recorded_comparisons(monkeypatch), verified(BFLOAT16)
     logits = Logits(*Case(6, 4, BFLOAT16).inputs("cpu"), None, None, 0, True, False)
-    for other in {0, -2, 2, NO_PAIRS} - {offset}:
-        engine.contrastive_lse(logits._replace(partner_offset=other))
-    assert engine.problem is None
-    with pytest.warns(CyCLIPWarning, match=rf" {LSE}\("):
+    for offset in (0, -2, 2, NO_PAIRS, -3, 3):
         engine.contrastive_lse(logits._replace(partner_offset=offset))
+    small = [engine.small_batch(*call)[0].partner_offset for call in compared]
+    assert small == [0, -10, 10, NO_PAIRS]
 
 
 def fails(*arguments):

@@ -9,6 +9,7 @@ from inputs import ADVISED, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
@@ -17,13 +18,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
 pytestmark = pytest.mark.nccl
 
 
-def gradients(
-    rank,
-    world_size,
-    rows_per_rank,
-    wrapper="none",
-    dist_impl="gather",
-):
+def gradients(rank, world_size, rows_per_rank, wrapper="none", dist_impl="gather"):
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
     options = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)
@@ -80,18 +75,18 @@ def test_compiled_ranks_with_different_numbers_of_rows_are_accurate(function, ro
 
 def compiled_beside_other_sizes(rank, world_size):
     """Loss and gradients of a compiled step, in which another tensor has a size of its rank."""
-    torch.manual_seed(rank)
-    features = [torch.nn.functional.normalize(torch.randn(300, 64), dim=1) for _ in range(2)]
-    negatives, words = torch.randn(7, 64), torch.randn((1, 4000)[rank], 64)
-    weights = torch.randn(64, 64)
+    inputs = [
+        normal(count, 64, seed=rank, device=own_device()).float()
+        for count in (300, 300, 7, (1, 4000)[rank], 64)
+    ]
     loss = CyCLIPLoss(0.5, 0.125, centered=True)
 
     def step(image, text, negatives, words, weights):
+        image, text = normalize(image), normalize(text)
         hidden = (words @ weights).tanh()
         text = text + hidden.mean()
         return loss(image, text, 10.0, negative_text_features=negatives) + hidden.square().mean()
 
-    inputs = *features, negatives, words, weights
     compiled = torch.compile(step, fullgraph=True)
     return results(compiled, *inputs), results(step, *inputs)
 
