@@ -35,6 +35,18 @@ BAD_FEATURES = {
 UNLIKE_FEATURES = {TypeError: [GOOD.double()], ValueError: [GOOD.new_ones(5, 3), GOOD.to("meta")]}
 
 
+def refused(error, name, value, call):
+    """Assert that the call raises the error, which names the argument and shows what came."""
+    with pytest.raises(error, match=rf"\b{name}\b") as caught:
+        call()
+    came = [repr(value), type(value).__name__]
+    if isinstance(value, torch.Tensor):
+        sizes = () if value.is_nested else tuple(value.shape)
+        came = ["DTensor", value.dtype, value.layout, value.device, sizes]
+        came += [f"and {size}" for size in sizes]
+    assert any(str(x) in str(caught.value) for x in came), caught.value
+
+
 @pytest.mark.parametrize("name", FEATURES + VIEWS)
 def test_bad_features_raise_an_error_that_names_the_argument(name):
     given = GIVEN | (dict.fromkeys(VIEWS, GOOD) if name in VIEWS else {})
@@ -51,8 +63,14 @@ def test_bad_features_raise_an_error_that_names_the_argument(name):
         for bad in values:
             # Without rows in the texts either, their shapes are equal.
             names = FEATURES if name == FEATURES[0] else [name]
-            with pytest.raises(error, match=rf"\b{name}\b"):
-                function(**given | dict.fromkeys(names, bad))
+            refused(error, name, bad, partial(function, **given | dict.fromkeys(names, bad)))
+    if name in VIEWS:  # it names the features, too, that they belong to
+        refused(
+            ValueError,
+            name.removeprefix("augmented_"),
+            bad,
+            partial(function, **given | {name: bad}),
+        )
 
 
 # Bad values of an argument, by its name and the error.
@@ -73,8 +91,7 @@ BAD_ARGUMENTS = {
 def test_an_error_names_the_bad_argument(name):
     for error, values in BAD_ARGUMENTS[name].items():
         for bad in values:
-            with pytest.raises(error, match=rf"\b{name}\b"):
-                CyCLIPLoss()(**GIVEN | {name: bad})
+            refused(error, name, bad, partial(CyCLIPLoss(), **GIVEN | {name: bad}))
 
 
 def call(**options):
@@ -92,6 +109,19 @@ def call(**options):
         (lambda: engine_of(GOOD, ["auto"]), ValueError, "impl"),
         (lambda: call(same_ids="positives"), ValueError, "needs ids"),
         (lambda: call(process_group="a group"), ValueError, "not initialised"),
+        (lambda: call(rank=3), ValueError, "rank=3 and world_size=1"),
+        (
+            lambda: CyCLIPLoss()(**GIVEN, negative_text_ids=IDS),
+            ValueError,
+            "negative_text_ids needs negative_text_features",
+        ),
+        (
+            lambda: CyCLIPLoss()(**GIVEN, **{NEGATIVES[1]: GOOD}, negative_image_ids=IDS),
+            ValueError,
+            "negative_image_ids needs ids",
+        ),
+        # A scalar of no dimension goes with features on any device.
+        (lambda: CyCLIPLoss()(*[GOOD.to("meta")] * 2, GOOD[:1, 0]), ValueError, "logit_scale"),
         # Not before the call, as the group may be initialised after construction.
         (
             lambda: torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")(**GIVEN),
@@ -116,7 +146,7 @@ BAD_OPTIONS = {
     ValueError: [
         *((EVERY, "lambda_inmodal", bad) for bad in (-0.1, torch.nan)),
         (EVERY, "lambda_crossmodal", torch.inf),
-        (EVERY, "reference_batch_size", 0),
+        *((EVERY, "reference_batch_size", bad) for bad in (0, HUGE)),
         (EVERY, "impl", "cuda"),
         *((LOSS, "dist_impl", bad) for bad in ("rows", ["gather"])),
         (LOSS, "same_ids", "equal"),
@@ -136,17 +166,13 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("error", BAD_OPTIONS)
-def test_a_bad_option_is_refused_wherever_it_is_set_and_the_old_value_stays(
-    error,
-):
+def test_a_bad_option_is_refused_wherever_it_is_set_and_the_old_value_stays(error):
     for modules, name, value in BAD_OPTIONS[error]:
         for build in modules:
             module = build()
             before = getattr(module, name)
-            with pytest.raises(error, match=rf"^{name}\b"):
-                build(**{name: value})
-            with pytest.raises(error, match=rf"^{name}\b"):
-                setattr(module, name, value)
+            refused(error, name, value, partial(build, **{name: value}))
+            refused(error, name, value, partial(setattr, module, name, value))
             assert getattr(module, name) == before
 
 
@@ -154,7 +180,14 @@ def test_repr_shows_the_options_that_differ_from_their_default():
     options = {"distributed": False, "inmodal_contrastive_weight": 0.5, "uneven": True}
     shown = repr(CyCLIPLoss(**options))
     assert eval(shown).__dict__.items() >= options.items()
+    assert "lambda_inmodal=0.25" in shown
     assert "impl" not in shown
+
+
+def test_a_call_logs_its_plan(caplog):
+    caplog.set_level("DEBUG", "cyclip_loss")
+    call(impl="eager")
+    assert "4 pairs on this rank, D = 3: PyTorch: impl is 'eager'; Plan(" in caplog.text
 
 
 def test_a_penalty_without_weights_ignores_values_that_are_not_finite():

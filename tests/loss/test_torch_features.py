@@ -234,7 +234,7 @@ def test_inductor_keeps_all_gradients(n, device):
 
 
 def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
-    loss, another = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip())
+    loss, another = CyCLIPLoss(0.2, 0.1, uneven=True), WithCyclicPenalty(PlainClip())
 
     def function(i, t, s):
         views = {"augmented_image_features": i, "augmented_text_features": t}

@@ -18,6 +18,7 @@ from support import forget_warnings
 from torch.distributed._functional_collectives import all_gather_tensor
 
 from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_warnings
+from cyclip_loss.ranks import agreement
 
 # A rank's call has options of its `Case`, and these of the function under test.
 NO_EFFECT = (
@@ -75,6 +76,8 @@ DIFFERING = [
         {"negatives": (count, None)} for count in (4, 2))),
     ("rows of image_features and text_features (unless uneven=True)", {}, {"n": 3}),
     ("ids are given", {}, IDS),
+    ("ids are given", *(
+        IDS | {"negatives": (4, None), "negative_ids": given} for given in (False, True))),
     ("same_ids", IDS, IDS | {"same_ids": "positives"}),
     ("which of the features require a gradient", {}, {"frozen": TEXT}),
     ("whether an input of each contrastive term requires", {}, {"frozen": ALL}),
@@ -101,6 +104,12 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     assert "must be the same on every rank, got [" in errors[0]
     assert not set(NO_EFFECT) & set(errors[0].split())
     assert before + after == ("right",) * 4
+
+
+def test_of_many_ranks_an_error_lists_sixteen_values_at_most():
+    assert agreement._listed(range(16)) == f"{[*range(16)]} (by rank)"
+    assert agreement._listed(["ring", "gather"] * 9) == "gather, ring on 18 ranks"
+    assert len(agreement._listed(range(99)).split(",")) == 16
 
 
 def test_options_without_effect_may_differ(ranks):
@@ -130,11 +139,13 @@ def test_an_empty_global_batch_raises_an_error_on_every_rank(options, ranks):
 
 
 def raises_warning(rank, world_size):
+    """Only of the first call with rows, which is the second one of rank 0."""
     forget_warnings()
-    features = 2 * torch.eye(3, device=own_device())
+    features, loss = 2 * torch.eye(3, device=own_device()), CyCLIPLoss(uneven=True)
+    loss(features[: 3 * rank], features[: 3 * rank], 10.0)
     with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
         warnings.simplefilter("error", CyCLIPWarning)
-        CyCLIPLoss()(features, features, 10.0)
+        loss(features, features, 10.0)
         return False
     return True
 

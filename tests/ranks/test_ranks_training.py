@@ -75,10 +75,9 @@ def test_compiled_ranks_with_different_numbers_of_rows_are_accurate(function, ro
 
 def compiled_beside_other_sizes(rank, world_size):
     """Loss and gradients of a compiled step, in which another tensor has a size of its rank."""
-    inputs = [
-        normal(count, 64, seed=rank, device=own_device()).float()
-        for count in (300, 300, 7, (1, 4000)[rank], 64)
-    ]
+    torch.manual_seed(rank)
+    counts = 300, 300, 7, (1, 4000)[rank], 64
+    inputs = [torch.randn(count, 64, device=own_device()) for count in counts]
     loss = CyCLIPLoss(0.5, 0.125, centered=True)
 
     def step(image, text, negatives, words, weights):
