@@ -254,7 +254,6 @@ STRATEGIES = {
 }
 
 
-ANY_SCALE = st.integers(-12, 16).map(lambda x: torch.tensor(10 ** (x / 4), device="cpu").item())
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
 FOR_KERNELS = {
     "dtype": st.sampled_from(DTYPES[1:]),

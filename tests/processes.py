@@ -10,8 +10,6 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest.mock import patch
 
-from interpreter import speed_up
-
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # A script finds the checkout, which may not be installed.
@@ -72,6 +70,5 @@ def _run(program, arguments, cwd):
     gc.freeze()
     os.chdir(cwd)
     sys.argv[1:] = arguments
-    speed_up()
     sys.stdout = sys.stderr = open("printed.txt", "w")  # noqa: SIM115 (it has a traceback, too)
     exec(program, {"__name__": "__main__"})

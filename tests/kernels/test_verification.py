@@ -57,26 +57,19 @@ def with_ids(change, original, logits, *rest):
     return original(logits._replace(**ids), *rest)
 
 
-FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_features"])
 POSITIVES = {"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}
 # The options of a step, and the functions that it calls in another layout than a plain step.
 STEPS = [
     ({}, PLAIN),
     ({"dtype": torch.float32}, PLAIN),
-    ({"dtype": torch.float32, "function": "siglip"}, (SIGMOID, GRAMS, CYCLIC_GRADS)),
     ({"d": 6}, PLAIN),
-    ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
-    (POSITIVES, (SIGMOID,)),
     # Extra negatives, images or texts, have a call of their own.
     (POSITIVES | {"negatives": (3, 2)}, (SIGMOID, SIGMOID)),
     ({"distinct_ids": 4}, (LSE, GRADS)),
     ({"distinct_ids": 4, "same_ids": "positives"}, (GRADS,)),
     ({"negatives": (3, None)}, (LSE, GRADS)),
-    ({"frozen": FROZEN_IMAGE}, (GRADS,)),
-    ({"frozen": FROZEN_TEXT}, (GRADS,)),
-    ({"frozen": frozenset(["logit_scale"])}, (GRADS,)),
-    ({"lambdas": (0.25, 0.5)}, (GRAMS, CYCLIC_GRADS)),
+    ({"frozen": frozenset(["image_features"])}, (GRADS,)),
     ({"output_dict": True}, (GRAMS, CYCLIC_GRADS)),
     ({"centered": True}, (GRAMS, CYCLIC_GRADS)),
     ({"image_layout": "rows 8 elements wider"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),

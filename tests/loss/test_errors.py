@@ -28,11 +28,26 @@ ONE, IDS = GOOD[0, 0], GOOD[:, 0].long()
 # A subclass without a dispatch of its own, such as MONAI's MetaTensor, is an ordinary tensor.
 PLAIN = GOOD.as_subclass(type("Plain", (torch.Tensor,), {}))
 GIVEN = {FEATURES[0]: GOOD, FEATURES[1]: PLAIN, "logit_scale": 10.0}
-BAD_FEATURES = {
-    TypeError: [GOOD.tolist(), GOOD.long(), GOOD.to_sparse(), NESTED, GOOD.as_subclass(DTensor)],
-    ValueError: [GOOD[0], GOOD[:0], GOOD[:, :0]],
+BAD_TYPES = [GOOD.tolist(), GOOD.long(), GOOD.to_sparse(), NESTED, GOOD.as_subclass(DTensor)]
+BAD_SHAPES = [GOOD[0], GOOD[:0], GOOD[:, :0]]
+UNLIKE = {
+    TypeError: [*BAD_TYPES, GOOD.double()],
+    ValueError: [*BAD_SHAPES, GOOD.new_ones(5, 3), GOOD.to("meta")],
 }
-UNLIKE_FEATURES = {TypeError: [GOOD.double()], ValueError: [GOOD.new_ones(5, 3), GOOD.to("meta")]}
+# Bad values of an argument, by its name and the error.
+BAD_ARGUMENTS = {
+    FEATURES[0]: {TypeError: BAD_TYPES, ValueError: BAD_SHAPES},
+    **dict.fromkeys((FEATURES[1], *VIEWS), UNLIKE),
+    "logit_scale": {
+        TypeError: [None, True, ONE.long(), ONE.as_subclass(DTensor)],
+        ValueError: [0.0, -1, torch.nan, HUGE, GOOD[:2, 0], ONE.to("meta")],
+    },
+    "logit_bias": {TypeError: ["0"], ValueError: [torch.nan, -HUGE]},
+    "ids": {TypeError: [GOOD[:, 0], IDS.to_sparse()], ValueError: [IDS[:3], IDS.to("meta")]},
+    "output_dict": {TypeError: [0.25]},
+    NEGATIVES[0]: {ValueError: [GOOD[:, :2], GOOD[0]]},
+    NEGATIVES[1]: {TypeError: [GOOD.double()]},
+}
 
 
 def refused(error, name, value, call):
@@ -47,8 +62,8 @@ def refused(error, name, value, call):
     assert any(str(x) in str(caught.value) for x in came), caught.value
 
 
-@pytest.mark.parametrize("name", FEATURES + VIEWS)
-def test_bad_features_raise_an_error_that_names_the_argument(name):
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_an_error_names_the_bad_argument(name):
     given = GIVEN | (dict.fromkeys(VIEWS, GOOD) if name in VIEWS else {})
     functions = [CyCLIPLoss()]
     if name in FEATURES:
@@ -58,40 +73,11 @@ def test_bad_features_raise_an_error_that_names_the_argument(name):
             lambda logit_scale, **pair: CyclicPenalty()(**pair),
             lambda logit_scale, **pair: consistency_metrics(**pair),
         ]
-    tables = [BAD_FEATURES] if name == "image_features" else [BAD_FEATURES, UNLIKE_FEATURES]
-    for function, (error, values) in product(functions, (x for y in tables for x in y.items())):
+    # Without rows in the texts either, their shapes are equal.
+    names = FEATURES if name == FEATURES[0] else [name]
+    for function, (error, values) in product(functions, BAD_ARGUMENTS[name].items()):
         for bad in values:
-            # Without rows in the texts either, their shapes are equal.
-            names = FEATURES if name == FEATURES[0] else [name]
             refused(error, name, bad, partial(function, **given | dict.fromkeys(names, bad)))
-    if name in VIEWS:  # it names the features, too, that they belong to
-        refused(
-            ValueError,
-            name.removeprefix("augmented_"),
-            bad,
-            partial(function, **given | {name: bad}),
-        )
-
-
-# Bad values of an argument, by its name and the error.
-BAD_ARGUMENTS = {
-    "logit_scale": {
-        TypeError: [None, True, ONE.long(), ONE.as_subclass(DTensor)],
-        ValueError: [0.0, -1, torch.nan, HUGE, GOOD[:2, 0], ONE.to("meta")],
-    },
-    "logit_bias": {TypeError: ["0"], ValueError: [torch.nan, -HUGE]},
-    "ids": {TypeError: [GOOD[:, 0], IDS.to_sparse()], ValueError: [IDS[:3], IDS.to("meta")]},
-    "output_dict": {TypeError: [0.25]},
-    NEGATIVES[0]: {ValueError: [GOOD[:, :2], GOOD[0]]},
-    NEGATIVES[1]: {TypeError: [GOOD.double()]},
-}
-
-
-@pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_an_error_names_the_bad_argument(name):
-    for error, values in BAD_ARGUMENTS[name].items():
-        for bad in values:
-            refused(error, name, bad, partial(CyCLIPLoss(), **GIVEN | {name: bad}))
 
 
 def call(**options):
@@ -127,6 +113,11 @@ def call(**options):
             lambda: torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")(**GIVEN),
             ValueError,
             "rank=3 and world_size=8",
+        ),
+        (
+            lambda: CyCLIPLoss()(**GIVEN, **{VIEWS[0]: GOOD, VIEWS[1]: GOOD[:2]}),
+            ValueError,
+            "^text_features and augmented_text_features",
         ),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_image_features=GOOD), ValueError, VIEWS[1]),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_text_features=GOOD), ValueError, VIEWS[0]),

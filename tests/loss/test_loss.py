@@ -9,10 +9,8 @@ import rounding
 import torch
 from accuracy import check, check_loss, evaluate, exact_results
 from hypothesis import given
-from hypothesis import strategies as st
 from inputs import (
     ADVISED,
-    ANY_SCALE,
     DTYPES,
     FEATURES,
     FOR_KERNELS,
@@ -37,7 +35,6 @@ WIDE, BF16, FP16 = torch.float64, torch.bfloat16, torch.float16
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
 OPPOSITE = {"distance": 0.003, "anti_aligned": True}
 SIGLIP = {"function": "siglip", "strip_rows": 32}
-POSITIVES = SIGLIP | {"same_ids": "positives", "negatives": (7, 5)}
 LARGE_UPSTREAM = SIGLIP | {"lambdas": (0.0, 0.0), "upstream": (2.0**16,) * 3}
 LIMIT, LARGE_LIMIT = {"upstream": (1e19,) * 3}, {"upstream": (1e29,) * 3}
 # Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
@@ -70,7 +67,6 @@ HARD = [
     # Without clamping, both engines would return a negative number.
     Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS, reason="P_cross is 0"),
     Case(260, 5, reason="several groups of row tiles"),
-    Case(73, 65, BF16, negatives=(None, 1), seed=2, logit_scale=60.0, reason="one more column"),
     # All images are equal and nearest to one text. That text's G, summed over images, overflows.
     Case(40, 3, FP16, logit_scale=100.0, image_layout="expanded", reason="float16 overflow"),
     Case(80, 1, FP16, strip_rows=7, reason="float16 overflow over several blocks"),
@@ -86,8 +82,6 @@ HARD = [
     Case(9, 8, WIDE, negatives=(200, None), reason="a chance level above ln N", **ADVISED),
     # From log-sum-exps.
     Case(300, 8, FP16, function="log-sum-exps", reason="small upstream for float16"),
-    Case(90, 20, WIDE, distinct_ids=9, **POSITIVES, reason="SigLIP, positives"),
-    Case(70, 40, FP16, distance=0.003, logit_scale=100.0, **SIGLIP, reason="SigLIP, close pairs"),
     Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP, reason="SigLIP, only the bias is trained"),
     # Gradients that float16 holds only after they are multiplied by the upstream gradient.
     Case(300, 8, FP16, logit_scale=1e-4, **LARGE_UPSTREAM, reason="SigLIP, float16 underflow"),
@@ -97,13 +91,6 @@ HARD = [
 @examples(6)
 @given(case=cases())
 def test_eager_engine_is_accurate_in_each_element(case, device):
-    check_loss(case, "eager", device)
-
-
-@examples(2)
-@given(case=cases(dtype=st.sampled_from(DTYPES[:3]), logit_scale=ANY_SCALE))
-def test_eager_engine_is_accurate_at_any_scale(case, device):
-    """Columns may be far below every row. (Gradients of float16 features would overflow.)"""
     check_loss(case, "eager", device)
 
 

@@ -57,20 +57,19 @@ def test_every_parameter_has_the_gradient_of_one_process(rows_per_rank, wrapper,
             assert grad.any(), name
 
 
-@DIST_IMPLS
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(function, dist_impl, ranks):
-    options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
-    options |= {"distinct_ids": 3, "negatives": (4, 6), "views": True}
-    check_ranks(RankCase(**options, **ADVISED), ranks)
-
-
-@pytest.mark.parametrize("rows_per_rank", [(3, 5), (30, 0), (1, 8, 0)], ids=str)
-@pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_with_different_numbers_of_rows_are_accurate(function, rows_per_rank, ranks):
-    """Such a call runs between the compiled graphs."""
-    options = {"function": function, "is_compiled": True, "uneven": True, "negatives": (4, 6)}
-    check_ranks(RankCase(rows_per_rank=rows_per_rank, **options, **ADVISED), ranks)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dist_impl": name, "distinct_ids": 3, "views": True} for name in ("gather", "ring")),
+        # Such calls run between the compiled graphs.
+        *({"uneven": True, "rows_per_rank": rows} for rows in ((3, 5), (30, 0), (1, 8, 0))),
+    ],
+    ids=str,
+)
+def test_compiled_ranks_are_accurate(options, function, ranks):
+    options = {"function": function, "negatives": (4, 6), **options, **ADVISED}
+    check_ranks(RankCase(is_compiled=True, **options), ranks)
 
 
 def compiled_beside_other_sizes(rank, world_size):
