@@ -110,8 +110,8 @@ def prepared_memory():
 
 
 def pytest_make_parametrize_id(val):
-    """The reason of a case, and the name of a dtype."""
-    return getattr(val, "reason", None) or (str(val) if isinstance(val, torch.dtype) else None)
+    """The name of a dtype."""
+    return str(val) if isinstance(val, torch.dtype) else None
 
 
 def pytest_generate_tests(metafunc):

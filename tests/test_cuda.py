@@ -31,11 +31,16 @@ def make_loss(case, impl):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1031, 328, logit_scale=100.0, distance=0.003, reason="close pairs"),
-        Case(2053, 129, logit_scale=10.0, distance=0.03, lambdas=(0.5, 0.125), reason="odd D"),
-        Case(2053, 768, logit_scale=30.0, distance=0.3, reason="large D"),
-        Case(2053, 129, image_layout="transposed", lambdas=(0.0, 0.25), reason="transposed"),
-        Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off", reason="unaligned"),
+        # Close pairs.
+        Case(1031, 328, logit_scale=100.0, distance=0.003),
+        # Odd D.
+        Case(2053, 129, logit_scale=10.0, distance=0.03, lambdas=(0.5, 0.125)),
+        # Large D.
+        Case(2053, 768, logit_scale=30.0, distance=0.3),
+        # Transposed.
+        Case(2053, 129, image_layout="transposed", lambdas=(0.0, 0.25)),
+        # Unaligned.
+        Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off"),
     ],
 )
 def test_batches_of_many_tiles_are_accurate(case, dtype, products, impl, device):

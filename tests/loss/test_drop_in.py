@@ -68,6 +68,7 @@ def test_siglips_loss_takes_open_clips_exchanges_and_chunks(loss_class):
     names = {None: "gather", "bidir": "ring", "shift": "ring", "reduce": "gather"}
     for theirs, ours in names.items():
         assert loss_class(dist_impl=theirs).dist_impl == ours
+    assert loss_class().dist_impl == "gather"
     assert loss_class(chunk_size=0).chunk_size == 0  # the main branch's default
 
 

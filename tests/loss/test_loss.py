@@ -39,52 +39,50 @@ LARGE_UPSTREAM = SIGLIP | {"lambdas": (0.0, 0.0), "upstream": (2.0**16,) * 3}
 LIMIT, LARGE_LIMIT = {"upstream": (1e19,) * 3}, {"upstream": (1e29,) * 3}
 # Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
 HARD = [
-    Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, reason="worst pairs"),
-    # exp(l - 100) would underflow, and its log be -inf.
-    Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS, reason="all logits are -100"),
+    # The worst pairs.
+    Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True),
+    # All logits are -100: exp(l - 100) would underflow, and its log be -inf.
+    Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS),
     # Exponentials relative to a row's maximum vanish in columns that are far below every row.
-    Case(65, 33, logit_scale=1e3, reason="columns of their own maxima"),
-    # Not so far, but the factors of their exponentials overflow.
-    Case(65, 33, logit_scale=180.0, upstream=(2.0**60,) * 3, reason="large upstream"),
-    Case(33, 65, logit_scale=1e3, reason="a small batch, columns of their own maxima"),
-    Case(
-        20, 33, logit_scale=200.0, upstream=(2.0**60,) * 3, reason="a small batch, large upstream"
-    ),
-    # The docstring's limits. The smallest sum of shared exponentials is 1.8e-19; it would be 8e-22.
-    Case(3, 3, seed=49, logit_scale=80.0, **OPPOSITE, **LIMIT, reason="shared, limit of upstream"),
-    Case(3, 3, seed=14, logit_scale=80.0, **OPPOSITE, **LIMIT, reason="own, limit of upstream"),
+    Case(65, 33, logit_scale=1e3),
+    Case(33, 65, logit_scale=1e3),
+    # Not so far, but with a large upstream gradient the factors of their exponentials overflow.
+    Case(65, 33, logit_scale=180.0, upstream=(2.0**60,) * 3),
+    Case(20, 33, logit_scale=200.0, upstream=(2.0**60,) * 3),
+    # The docstring's limits of the upstream gradient. The smallest sum of shared exponentials is
+    # 1.8e-19. In the second case it would be 8e-22, so columns get their own.
+    Case(3, 3, seed=49, logit_scale=80.0, **OPPOSITE, **LIMIT),
+    Case(3, 3, seed=14, logit_scale=80.0, **OPPOSITE, **LIMIT),
     # PyTorch's backward of softplus multiplies the upstream gradient by exp(x).
-    Case(30, 12, logit_scale=16.0, **OPPOSITE, **LARGE_LIMIT, reason="limit of upstream"),
-    Case(
-        8,
-        12,
-        function="siglip",
-        logit_scale=30.0,
-        **OPPOSITE,
-        **LARGE_LIMIT,
-        reason="SigLIP, a small batch, limit of upstream",
-    ),
-    # Without clamping, both engines would return a negative number.
-    Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS, reason="P_cross is 0"),
-    Case(260, 5, reason="several groups of row tiles"),
+    Case(30, 12, logit_scale=16.0, **OPPOSITE, **LARGE_LIMIT),
+    Case(8, 12, function="siglip", logit_scale=30.0, **OPPOSITE, **LARGE_LIMIT),
+    # P_cross is 0. Without clamping, both engines would return a negative number.
+    Case(80, 24, BF16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS),
+    # Several groups of row tiles.
+    Case(260, 5),
     # All images are equal and nearest to one text. That text's G, summed over images, overflows.
-    Case(40, 3, FP16, logit_scale=100.0, image_layout="expanded", reason="float16 overflow"),
-    Case(80, 1, FP16, strip_rows=7, reason="float16 overflow over several blocks"),
+    Case(40, 3, FP16, logit_scale=100.0, image_layout="expanded"),
+    # Overflow over several blocks.
+    Case(80, 1, FP16, strip_rows=7),
     # Pairs far worse than their negatives: 1e-9 is missing from the loss if log(1 + exp(21)) is 21.
-    Case(30, 12, WIDE, logit_scale=16.0, **OPPOSITE, reason="large softplus"),
-    # Penalties, loss and G are small differences of large numbers.
-    Case(96, 40, logit_scale=16.0, distance=0.003, output_dict=True, reason="close pairs"),
-    Case(40, 256, BF16, distance=0.3, logit_scale=30.0, reason="large D, bfloat16"),
-    Case(1, 1, BF16, function="penalties", centered=True, output_dict=True, reason="no deviation"),
-    # ln 1 = 0 is no chance level.
-    Case(1, 6, lambda_progress=True, distance=0.0, reason="progress of a single pair"),
-    Case(9, 8, WIDE, negatives=(9, 9), views=True, reason="progress beside views", **ADVISED),
-    Case(9, 8, WIDE, negatives=(200, None), reason="a chance level above ln N", **ADVISED),
-    # From log-sum-exps.
-    Case(300, 8, FP16, function="log-sum-exps", reason="small upstream for float16"),
-    Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP, reason="SigLIP, only the bias is trained"),
+    Case(30, 12, WIDE, logit_scale=16.0, **OPPOSITE),
+    # Of close pairs, the penalties, the loss and G are small differences of large numbers.
+    Case(96, 40, logit_scale=16.0, distance=0.003, output_dict=True),
+    # A large D.
+    Case(40, 256, BF16, distance=0.3, logit_scale=30.0),
+    # A single row has no deviation from the mean.
+    Case(1, 1, BF16, function="penalties", centered=True, output_dict=True),
+    # Progress of a single pair: ln 1 = 0 is no chance level.
+    Case(1, 6, lambda_progress=True, distance=0.0),
+    # Progress beside views, and a chance level above ln N.
+    Case(9, 8, WIDE, negatives=(9, 9), views=True, **ADVISED),
+    Case(9, 8, WIDE, negatives=(200, None), **ADVISED),
+    # Upstream gradients that are small for float16.
+    Case(300, 8, FP16, function="log-sum-exps"),
+    # Only the bias is trained.
+    Case(70, 9, frozen=frozenset(INPUTS), **SIGLIP),
     # Gradients that float16 holds only after they are multiplied by the upstream gradient.
-    Case(300, 8, FP16, logit_scale=1e-4, **LARGE_UPSTREAM, reason="SigLIP, float16 underflow"),
+    Case(300, 8, FP16, logit_scale=1e-4, **LARGE_UPSTREAM),
 ]
 
 

@@ -81,6 +81,7 @@ PERFECT = Case(2, 1, seed=3)
 )
 @example(case=PERFECT, place=(0, 0, 0), bad=torch.inf, sign=None)
 @example(case=replace(PERFECT, function="siglip"), place=(0, 0, 0), bad=torch.inf, sign=None)
+@example(case=Case(1, 1, function="siglip"), place=(0, 0, 0), bad=torch.inf, sign=1)
 def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
     case, place, bad, sign, impl, device
 ):

@@ -30,15 +30,16 @@ def messages(call):
 
 
 ROWS = torch.eye(4, device="cpu")
-STRONG, LENGTHS = "as strong as", "from 1 to 7"
+STRONG, LENGTHS = "times as strong as", "from 1 to 7"
 # A function, the number of pairs, changes of the arguments, and a part of the only warning. A
 # number stands for texts of which one has this length.
 CASES = [
-    (CyCLIPLoss(1, 0), 65, {}, STRONG),
+    (CyCLIPLoss(1, 0), 65, {}, "lambda = 1 in a batch of 65 is 2.03 times as strong as"),
     # The lambdas are not added: each may be twice as strong as the paper's.
     (CyCLIPLoss(), 256, {}, ""),
     (CyCLIPLoss(), 257, {}, STRONG),
     (CyclicPenalty(), 257, {}, STRONG),
+    (WithCyclicPenalty(PlainClip()), 257, {}, f"lambda = 0.25 in a batch of 257 is 2.01 {STRONG}"),
     (CyCLIPLoss(0, 1, reference_batch_size=128), 2000, {}, ""),
     (CySigLIPLoss(0.25, 0.25), 257, {}, STRONG),
     (CyCLIPLoss(), 8, {"text_features": 0.94}, "from 0.94 to 1"),
