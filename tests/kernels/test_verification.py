@@ -168,12 +168,12 @@ def calls(dtype, d):
 def test_the_batch_of_a_gpu_shows_what_rounding_does_not_explain(dtype, precision, function):
     """Where D is 512 or 768. Without a fault PyTorch agrees with itself in float64.
 
-    A log-sum-exp of 700 logits is off by 0.03 if 20 of them are left out.
+    A log-sum-exp of 700 logits is off by 0.004 if 3 of them are left out.
     """
     original, arguments = getattr(eager, function), calls(dtype, 512)[function]
     engine = VerifiedKernels(SimpleNamespace(), torch.device("cuda"), dtype)
     engine.device = torch.device("cpu")
-    factor = 1.003 if function == LSE else 1.01
+    factor = 1.0005 if function == LSE else 1.01
     with setting("float32_matmul_precision", precision):
         setattr(engine.kernels, function, original)
         engine.compare(function, arguments)
