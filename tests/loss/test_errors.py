@@ -175,6 +175,11 @@ def test_repr_shows_the_options_that_differ_from_their_default():
     assert "impl" not in shown
 
 
+def test_features_without_values_have_a_loss_without_value():
+    meta = GOOD.to("meta")
+    assert CyCLIPLoss()(meta, meta, 10.0).is_meta
+
+
 def test_a_call_logs_its_plan(caplog):
     caplog.set_level("DEBUG", "cyclip_loss")
     call(impl="eager")

@@ -147,6 +147,8 @@ def test_penalties_without_weights_have_a_zero_gradient(impl, device):
     terms["inmodal_cyclic_loss"].backward()
     assert not image.grad.any()
     assert not text.grad.any()
+    terms["inmodal_cyclic_loss"].detach().add_(1.0)  # as a sum over steps
+    assert terms["crossmodal_cyclic_loss"] == 0
 
 
 def test_siglips_loss_is_not_finite_if_the_scale_is_infinite(impl, device):

@@ -33,6 +33,13 @@ def test_kernels_are_accurate_across_ranks(data, world_size, ranks):
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
 
 
+@needs_triton
+@pytest.mark.parametrize("function", ["cyclip", "siglip"])
+def test_a_rank_without_rows_needs_no_kernel(function, ranks):
+    options = {"impl": "triton", "dtype": torch.float32, "function": function, "uneven": True}
+    check_ranks(RankCase(rows_per_rank=(0, 5), **options), ranks)
+
+
 @pytest.mark.gpu
 def test_two_ranks_that_share_a_gpu_are_accurate(impl):
     """Over gloo, whose collectives accept GPU tensors; NCCL needs a GPU for each rank."""

@@ -5,6 +5,7 @@ Warnings that depend on the whole batch are tested here, too.
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from rank_cases import RankCase
 from support import forget_warnings
 from torch.distributed._functional_collectives import all_gather_tensor
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_warnings
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics
+from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.ranks import agreement
 
 # A rank's call has options of its `Case`, and these of the function under test.
@@ -159,8 +161,9 @@ def warnings_by_call(rank, world_size, n):
     inputs = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
     calls = [lambda: CyCLIPLoss()(*inputs)]
     if rank == 1:
-        fails = {"subject": "kernels", "text": "they do not work", "every_rank": True}
-        calls.append(lambda: usage_warnings.warn_once(**fails))
+        no_kernels = SimpleNamespace(platform_of=str)
+        engine = VerifiedKernels(no_kernels, torch.device("cpu"), torch.float64)
+        calls.append(lambda: engine.gram_matrices(*inputs[:2], None, True))
     found = []
     for call in calls:
         forget_warnings()
@@ -177,7 +180,7 @@ def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(rows_per_r
     [first], [second, [own]] = ranks.run(2, warnings_by_call, rows_per_rank)
     assert ["times as strong" in text for text in first] == [True] * warned
     assert second == []
-    assert own.startswith("rank 1: they do not work")
+    assert own.startswith("rank 1: the Triton kernels do not work")
 
 
 def warnings_for_a_gathered_batch(rank, world_size):
