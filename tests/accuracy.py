@@ -4,19 +4,12 @@ No element's error, compared with `cyclip_loss.reference` in float64, which is d
 exceeds the bound that `rounding.py` derives for it.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
 from inputs import (
     FEATURES,
     NEGATIVES,
     TERMS,
     VIEWS,
-    Case,
-    Device,
-    Grads,
-    Tensors,
     exact_on_host,
     loss_dtype,
 )
@@ -30,7 +23,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_log
 MODULES = {"cyclip": CyCLIPLoss, "siglip": CySigLIPLoss, "penalties": CyclicPenalty}
 
 
-def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
+def results(loss, *inputs):
     """The loss and the gradients of all inputs that are tensors."""
     leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
     value = loss(*leaves)
@@ -39,9 +32,7 @@ def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
     return value.detach(), *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def value_and_grads(
-    function: Callable[..., Tensor], given: Tensors, constants: Iterable[str] = ()
-) -> Tensors:
+def value_and_grads(function, given, constants=()):
     """The result of `function(**given)`, under the name "value", and its gradients by name."""
     leaves = {
         name: x.detach().clone().requires_grad_(x.is_floating_point() and name not in constants)
@@ -55,11 +46,11 @@ def value_and_grads(
 
 
 def graphs(
-    loss: Any,
-    steps: Iterable[tuple[tuple[float, float], list[Any]]],
-    backend: str = "eager",
-    fullgraph: bool = True,
-) -> list[int]:
+    loss,
+    steps,
+    backend="eager",
+    fullgraph=True,
+):
     """The number of graphs after each step of a compiled loss, which equals the eager one.
 
     A step has two lambdas and the inputs.
@@ -79,13 +70,13 @@ def graphs(
 
 
 def evaluate(
-    case: Case,
-    given: Tensors,
-    impl: str,
-    autocast: torch.dtype | None = None,
-    wrap: Callable[[Any], Any] = lambda function: function,
-    **across_ranks: Any,
-) -> tuple[Tensors, Grads]:
+    case,
+    given,
+    impl,
+    autocast=None,
+    wrap=lambda function: function,
+    **across_ranks,
+):
     """The loss's terms (or sum) and all gradients, by name. Asserts that no input is changed.
 
     given: `case.arguments(device)`, or a rank's rows of them. autocast: the dtype of autocast in
@@ -112,13 +103,13 @@ def evaluate(
     return found, {name: leaf.grad for name, leaf in leaves.items() if leaf.is_floating_point()}
 
 
-def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any]:
+def function_of(case, impl, **across_ranks):
     """The function under test, of `case.arguments`. From log-sum-exps: this rank's share."""
     if case.function in ("log-sum-exps", "one way"):
         one_way = case.function == "one way"
         factor = case.world_size / case.n / (1 if one_way else 2)
 
-        def from_log_sum_exps(**given: Tensor) -> Tensor:
+        def from_log_sum_exps(**given):
             row, column, pair = contrastive_logsumexp(
                 **given, one_way=one_way, impl=impl, **across_ranks
             )
@@ -136,7 +127,7 @@ def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any
     return lambda **given: module(**given, output_dict=case.output_dict)
 
 
-def one_contrastive_term(terms: Any) -> Tensors:
+def one_contrastive_term(terms):
     """The terms by name, with the in-modal contrastive term added to the cross-modal one."""
     found = dict(terms) if isinstance(terms, dict) else {"loss": terms}
     if "inmodal_contrastive_loss" in found:
@@ -144,7 +135,7 @@ def one_contrastive_term(terms: Any) -> Tensors:
     return found
 
 
-def defined_terms(case: Case, given: Tensors) -> Tensors:
+def defined_terms(case, given):
     """The terms by the definition, in the dtype and on the device of the given tensors."""
     image = given["image_features"]
     given = {"logit_scale": image.new_ones(()), **given}
@@ -171,7 +162,7 @@ def defined_terms(case: Case, given: Tensors) -> Tensors:
     return {name: terms[name] for name in case.weights}
 
 
-def exact_results(case: Case, given: Tensors) -> tuple[Tensors, dict[str, list[Tensor]]]:
+def exact_results(case, given):
     """Every term in float64, and for each gradient the parts that sum to it."""
     leaves = {name: exact_on_host(x) for name, x in given.items()}
     floats = {name: x.requires_grad_() for name, x in leaves.items() if x.is_floating_point()}
@@ -207,15 +198,13 @@ def exact_results(case: Case, given: Tensors) -> tuple[Tensors, dict[str, list[T
     return terms, dict(zip(floats, map(list, zip(*grads, strict=True)), strict=True))
 
 
-def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> None:
+def check_loss(case, impl, device, tf32=False):
     """Assert that terms and gradients are accurate in each element."""
     given = case.arguments(device)
     check(case, given, *evaluate(case, given, impl), impl, tf32)
 
 
-def check(
-    case: Case, given: Tensors, terms: Tensors, grads: Grads, impl: str, tf32: bool = False
-) -> None:
+def check(case, given, terms, grads, impl, tf32=False):
     """Assert that terms and gradients have the right dtypes and are accurate in each element."""
     exact_terms, exact_grads = exact_results(case, given)
     bound = bounds(case, given, exact_terms, impl, tf32)
@@ -235,7 +224,7 @@ def check(
             check_bound(name, grad, exact_grads[name], bound[name])
 
 
-def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | float) -> None:
+def check_bound(name, actual, exact, bound):
     """Assert |actual - sum of exact| <= bound + rounding of each part and partial sum."""
     exact = [exact_on_host(part) for part in exact]
     total, result = sum(exact), torch.finfo(actual.dtype)

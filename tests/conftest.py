@@ -11,7 +11,6 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from importlib.util import find_spec
 from multiprocessing import get_context
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
@@ -22,26 +21,23 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from hypothesis import Phase, settings
-from interpreter import speed_up
 from pool import Ranks
-from support import fill_fresh_memory_with_nan, forget_warnings, needs_triton, set_small_blocks
+from support import (
+    HAS_TRITON,
+    fill_fresh_memory_with_nan,
+    forget_warnings,
+    needs_triton,
+    set_small_blocks,
+)
 
 from cyclip_loss import numerics
 
 # Their assertions, too, show the values that they compare.
 pytest.register_assert_rewrite("accuracy", "rank_cases", "recipe_cases")
 
-# What a test file or folder imports. Without these packages it is not collected.
-NEEDS = {
-    "kernels": ("triton",),
-    "test_cuda.py": ("triton",),
-    "benchmarks/test_gate.py": ("triton",),
-    "benchmarks/test_gpu.py": ("triton",),
-    "benchmarks/test_side_by_side.py": ("matplotlib", "open_clip"),
-    "reference_train": ("open_clip", "webdataset", "pandas"),
-    "reference_train/test_icons.py": ("resvg_py",),
-}
-collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
+# macOS has no Triton. tests/requirements.txt has all else that the suite needs.
+NEED_TRITON = ["kernels", "test_cuda.py", "benchmarks/test_gate.py", "benchmarks/test_gpu.py"]
+collect_ignore = [] if HAS_TRITON else NEED_TRITON
 
 # By default Hypothesis draws the same examples in every run, so a test fails only if the code
 # changed. `inputs.py` says why they do not depend on which tests are collected. The workflow
@@ -59,17 +55,9 @@ def pytest_addoption(parser):
     parser.addoption("--device", default=default, help=f"the tests' device (default: {default})")
 
 
-def pytest_report_header():
-    return [f"not collected: {file} (needs {', '.join(NEEDS[file])})" for file in collect_ignore]
-
-
 def pytest_configure(config):
-    # macOS has no Triton. tests/requirements.txt has all else that the suite needs.
-    is_linux = sys.platform == "linux"
-    missing = [file for file in collect_ignore if is_linux or NEEDS[file] != ("triton",)]
-    runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if os.environ.get("CI") and runs_all and missing:
-        raise pytest.UsageError(f"in CI a package that tests need is missing: {missing}")
+    if "CI" in os.environ and sys.platform == "linux":
+        assert HAS_TRITON, "CI would not test the kernels"
     # Triton reads TRITON_INTERPRET when it is imported. Test files or the kernels import it later.
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
@@ -89,7 +77,6 @@ def pytest_runtest_setup(item):
     """
     torch.manual_seed(0)  # independent of the tests that ran before
     forget_warnings()
-    speed_up()
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("gpu"):
         needed = marker.args[0] if marker.args else 1
@@ -123,8 +110,8 @@ def prepared_memory():
 
 
 def pytest_make_parametrize_id(val):
-    """The reason of a case, and the name of a dtype."""
-    return getattr(val, "reason", None) or (str(val) if isinstance(val, torch.dtype) else None)
+    """The name of a dtype."""
+    return str(val) if isinstance(val, torch.dtype) else None
 
 
 def pytest_generate_tests(metafunc):

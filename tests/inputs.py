@@ -6,11 +6,6 @@ from math import log
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import Tensor
-
-Device = torch.device | str
-Tensors = dict[str, Tensor]
-Grads = dict[str, Tensor | None]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [
@@ -77,7 +72,6 @@ class Case:
     strip_rows: int | None = None
     logit_bias: float = -5.0  # of SigLIP's loss
     seed: int = 0
-    reason: str = ""  # what is hard about it: the test's id
 
     def arguments(self, device):
         """Features, logit scale, bias and ids, by the names of the function's arguments."""
@@ -254,7 +248,6 @@ STRATEGIES = {
 }
 
 
-ANY_SCALE = st.integers(-12, 16).map(lambda x: torch.tensor(10 ** (x / 4), device="cpu").item())
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
 FOR_KERNELS = {
     "dtype": st.sampled_from(DTYPES[1:]),

@@ -9,21 +9,17 @@ import faulthandler
 import gc
 import io
 import multiprocessing
-import os
 import pickle
 import tempfile
 import traceback
 import warnings
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
-from multiprocessing.connection import wait
-from multiprocessing.forkserver import ensure_running
 
 import pytest
 import torch
 import torch.distributed as dist
-from interpreter import speed_up
+from processes import fork_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,10 +29,6 @@ _own_device = torch.device("cpu")
 def own_device():
     """The device of a rank's tensors; the CPU in the process of pytest."""
     return _own_device
-
-
-class RankError(AssertionError):
-    """A rank raised an exception or died. The message says which."""
 
 
 class Ranks:
@@ -57,7 +49,7 @@ class Ranks:
     def run(self, world_size, task, *arguments):
         """What `task(rank, world_size, *arguments)` returns on each of `world_size` ranks.
 
-        Raises RankError. The processes are then replaced, unless every rank raised an exception.
+        Raises AssertionError. Processes are then replaced, unless every rank raised an exception.
         """
         if self.backend == "nccl" and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs")
@@ -96,29 +88,27 @@ class Ranks:
     def _run_on_all(self, command, *arguments):
         """Run command(rank, *arguments) on the ranks of the group."""
         message = pickle.dumps((command, arguments, self.limit))
-        waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._group_size])}
-        results = {}
-        errors = {}
-        for ours in waiting:
+        ranks = self._ranks[: self._group_size]
+        for _, ours in ranks:
             with suppress(ConnectionError):  # the process has died, which is noticed below
                 ours.send_bytes(message)
-        lost = False
-        while waiting:  # processes end themselves at the limit
-            for ours in wait(list(waiting)):
-                rank = waiting.pop(ours)
-                try:
-                    reply = io.BytesIO(ours.recv_bytes())
-                    succeeded, found = torch.load(reply, map_location="cpu", weights_only=False)
-                except (EOFError, ConnectionError):
-                    self._ranks[rank][0].join(60.0)
-                    succeeded, lost = False, True
-                    found = f"died, exit code {self._ranks[rank][0].exitcode}"
-                (results if succeeded else errors)[rank] = found
-        if lost or 0 < len(errors) < self._group_size:
+        results, errors, lost = [], [], False
+        for rank, (process, ours) in enumerate(ranks):  # processes end themselves at the limit
+            try:
+                reply = io.BytesIO(ours.recv_bytes())
+                succeeded, found = torch.load(reply, map_location="cpu", weights_only=False)
+            except (EOFError, ConnectionError):
+                process.join(60.0)
+                succeeded, found, lost = False, f"died, exit code {process.exitcode}", True
+            if succeeded:
+                results.append(found)
+            else:
+                errors.append(f"rank {rank}: {found}")
+        if lost or 0 < len(errors) < len(ranks):
             self.close()  # the group is unusable
         if errors:
-            raise RankError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
-        return [results[rank] for rank in sorted(results)]
+            raise AssertionError("\n".join(errors))
+        return results
 
 
 class Collectives(TorchDispatchMode):
@@ -146,33 +136,6 @@ class Collectives(TorchDispatchMode):
         return result
 
 
-# What takes long to import. The first also imports Triton, and so its interpreter.
-PRELOADED = (
-    "torch._dynamo",
-    "torch._inductor.config",
-    "functorch.compile",
-    "torch.export._trace",
-    "torch.distributed.fsdp",
-    "hypothesis",
-    "pytest",
-    "open_clip_train.main",
-    "cyclip_loss",
-)
-
-
-@lru_cache
-def fork_context():
-    """A context that forks from a process which has imported slow modules and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    ensure_running()
-    os.environ.clear()
-    os.environ |= before
-    return context
-
-
 def _serve(rank, device, connection):
     """The main loop of a process: run commands until the connection is closed."""
     from support import fill_fresh_memory_with_nan
@@ -191,7 +154,6 @@ def _serve(rank, device, connection):
             command, arguments, limit = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        speed_up()
         # At the limit, show where the command hangs and end the process.
         faulthandler.dump_traceback_later(limit, exit=True)
         try:

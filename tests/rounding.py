@@ -18,8 +18,7 @@ from math import log
 from typing import Any, NamedTuple
 
 import torch
-from inputs import FEATURES, NEGATIVES, TERMS, VIEWS, Case, Tensors, exact_on_host, loss_dtype
-from torch import Tensor
+from inputs import FEATURES, NEGATIVES, TERMS, VIEWS, exact_on_host, loss_dtype
 
 from cyclip_loss import reference
 
@@ -36,7 +35,7 @@ class Eps(NamedTuple):
     penalties: float  # in products of U and V
 
 
-def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) -> Tensors:
+def bounds(case, given, terms, impl, tf32):
     """The bounds of each term and of each gradient, by name: FACTOR times the rounding error.
 
     The gradients are those of the sum of all terms, each times its weight. terms: exact.
@@ -70,7 +69,7 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     return {name: FACTOR * bound for name, bound in found.items()}
 
 
-def contrastive_terms(case: Case, given: Tensors) -> list[tuple[str, str, float]]:
+def contrastive_terms(case, given):
     """For each contrastive term: the names of its features, and its share of the loss."""
     if VIEWS[0] in given:
         views = [(*names, 0.25) for names in zip(FEATURES, VIEWS, strict=True)]
@@ -78,12 +77,12 @@ def contrastive_terms(case: Case, given: Tensors) -> list[tuple[str, str, float]
     return [] if case.function == "penalties" else [(*FEATURES, 1.0)]
 
 
-def has_wide_products(features: Tensor) -> bool:
+def has_wide_products(features):
     """Whether the eager engine may multiply these features in 16 bits, as CUDA can."""
     return features.is_cuda and features.dtype.itemsize == 2
 
 
-def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
+def engine_eps(impl, features, tf32=False):
     """The precision with which an engine computes with these features.
 
     The eager engine widens 16-bit features to float32. Where CUDA multiplies 16-bit matrices into
@@ -101,14 +100,12 @@ def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
     return Eps(eps, torch.finfo(dtype).eps if has_wide_products(features) else eps, eps)
 
 
-def growth(d: int, eps: float) -> float:
+def growth(d, eps):
     """How many times FACTOR * eps a sum of d products may be off, relative to |its terms|."""
     return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
 
 
-def contrastive_bound(
-    case: Case, exact: Tensors, row_name: str, column_name: str, eps: Eps, g_is_rounded: bool
-) -> tuple[Tensor, Tensors]:
+def contrastive_bound(case, exact, row_name, column_name, eps, g_is_rounded):
     """The rounding error of a contrastive term's value, and of its gradients by name.
 
     g_is_rounded: whether G is rounded before it is summed to the scale's gradient. (The kernels
@@ -162,9 +159,7 @@ def contrastive_bound(
     return value, grads
 
 
-def gradient_sizes(
-    case: Case, logits: Tensor, ids: Tensor | None, negative_ids: Tensor | None, has_pairs: bool
-) -> Tensor:
+def gradient_sizes(case, logits, ids, negative_ids, has_pairs):
     """(n, m): N times the sum of the absolute values of the terms that each G_ij is computed from.
 
     This is N |G_ij|. Only if the row has k positives do terms cancel: G_ij is p - 1/k for the
@@ -192,9 +187,7 @@ def gradient_sizes(
     return sizes
 
 
-def penalty_bound(
-    case: Case, image: Tensor, text: Tensor, a: float, b: float, eps: float, factor_error: Tensor
-) -> list[Any]:
+def penalty_bound(case, image, text, a, b, eps, factor_error):
     """The rounding error of N P_in and N P_cross, and of the gradients of a N P_in + b N P_cross.
 
     Each is multiplied by a factor from 0 to 1, which is off by at most `factor_error`.

@@ -32,8 +32,12 @@ def test_backward_uses_the_engine_that_forward_chose(first, second, monkeypatch)
 GPUS = [
     ((7, 5), "3.9.0", None),
     ((8, 0), "3.4.0", "sm_80"),
+    ((8, 6), "3.4.0", "sm_86"),
+    ((8, 9), "3.4.0", "sm_89"),
+    ((9, 0), "3.4.0", "sm_90"),
     # Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out.
     ((10, 0), "3.8.0", None),
+    ((12, 0), "3.8.0", None),
     ((10, 3), "3.9.0", "sm_100"),
     ((12, 0), "3.10.1+git1ab", "sm_120"),
     ((12, 1), "3.10.1", "sm_86"),

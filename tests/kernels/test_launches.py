@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from accuracy import function_of
-from inputs import LAYOUTS, Case
+from inputs import INPUTS, LAYOUTS, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -30,20 +30,28 @@ NO_KERNEL = {
 class PyTorchLaunches(TorchDispatchMode):
     """Records the names of PyTorch's operators that launch a kernel.
 
-    Computes no product and no copy of a matrix, which takes long on a CPU.
+    Computes no product and no copy of a matrix, which takes long on a CPU. `largest` is the most
+    elements of a result.
     """
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.largest = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = self.result(func, args, kwargs)
+        self.largest = max(self.largest, getattr(result, "numel", int)())
+        return result
+
+    def result(self, func, args, kwargs):
         name = func.overloadpacket.__name__
         if not func.is_view and name not in NO_KERNEL:
             self.names.append(name)
         if func is torch.ops.aten.mm.default:
             left, right = args
             return left.new_empty(left.shape[0], right.shape[1])
+        if func is torch.ops.aten.addmm_.default:
+            return args[0]
         if func is torch.ops.aten._to_copy.default and args[0].ndim == 2:
             return torch.empty_like(args[0], dtype=kwargs.get("dtype"))
         return func(*args, **(kwargs or {}))
@@ -61,8 +69,8 @@ H100 = SimpleNamespace(
 def no_device():
     """Lets the Triton engine take CPU tensors. Launches are only recorded, so results are garbage.
 
-    Yields a list that gets the name of each launched kernel, with what identifies the binary if it
-    is one of Triton's. It does not work in Triton's interpreter.
+    Yields the counter. Its names have what identifies the binary, if it is one of Triton's. It does
+    not work in Triton's interpreter.
     """
 
     def record(*, key, fn, **_):
@@ -76,17 +84,21 @@ def no_device():
         patch.setattr(configs, "architecture", lambda device: "sm_90")
         patch.setattr(numerics, "STRIP_ELEMENTS", {})  # strips as long as a GPU's
         with PyTorchLaunches() as counter:
-            yield counter.names
+            yield counter
 
 
-def step(launched, case, **changes):
-    """The number of launches of a training step."""
+def step(counter, case, **changes):
+    """The number of launches of a training step, or of a forward if nothing is trained."""
     given, function = case.arguments("cpu") | changes, function_of(case, "triton")
-    leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in given.items()}
-    function(**leaves)  # a module's first call checks more
-    before = len(launched)
-    function(**leaves).backward()
-    return len(launched) - before
+    trained = [x for name, x in given.items() if x.is_floating_point() and name not in case.frozen]
+    for x in trained:
+        x.requires_grad_()
+    function(**given)  # a module's first call checks more
+    before = len(counter.names)
+    loss = function(**given)
+    if trained:
+        loss.backward()
+    return len(counter.names) - before
 
 
 def shifted(x):
@@ -97,17 +109,17 @@ def shifted(x):
 def compiled_binaries(dtype, d):
     """The binaries of two aligned batches, and those that batches of other shapes add."""
     binaries = []
-    with no_device() as launched:
+    with no_device() as counter:
         for sizes in ((64, 4096), (1, 2, 16, 63, 255, 257, 1000, 2049, 4099)):
             for n in sizes:
                 case = Case(n, d, dtype, lambdas=(0.5, 0.25))
-                step(launched, case)
-                step(launched, case, ids=torch.arange(n))
+                step(counter, case)
+                step(counter, case, ids=torch.arange(n))
                 for layout in LAYOUTS if n in (1, 16, 257) else []:
                     other = replace(case, image_layout=layout, text_layout=layout)
                     scale = shifted(case.inputs("cpu")[2])
-                    step(launched, other, logit_scale=scale, ids=shifted(torch.arange(n)))
-            binaries.append({name for name in launched if " " in name})
+                    step(counter, other, logit_scale=scale, ids=shifted(torch.arange(n)))
+            binaries.append({name for name in counter.names if " " in name})
     known, found = binaries
     return known, found - known
 
@@ -123,8 +135,8 @@ def test_no_batch_makes_triton_compile_again(uninterpreted):
 
 
 def launches_of_a_step(case):
-    with no_device() as launched:
-        return step(launched, case)
+    with no_device() as counter:
+        return step(counter, case), counter.largest
 
 
 @pytest.mark.parametrize(
@@ -145,4 +157,23 @@ def test_a_step_launches_few_kernels(options, most, uninterpreted):
     for dtype in (torch.float32, torch.bfloat16):
         for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):
             submitted = uninterpreted.submit(launches_of_a_step, Case(n, d, dtype, **options))
-            assert 0 < submitted.result(timeout=900) <= most, (n, d, dtype)
+            assert 0 < submitted.result(timeout=900)[0] <= most, (n, d, dtype)
+
+
+N, D = 65536, 4096
+
+
+@pytest.mark.parametrize(
+    ("options", "largest"),
+    [
+        ({"n": N, "d": 64, "lambdas": (0, 0)}, N * N / 16),
+        ({"n": N, "d": 64, "lambdas": (0, 0), "frozen": frozenset(INPUTS)}, N * N / 128),
+        ({"n": 3000, "d": D, "lambdas": (0.5, 0.25)}, 4 * D * D),
+    ],
+    ids=str,
+)
+def test_blocks_and_partial_sums_of_large_batches_are_bounded(options, largest, uninterpreted):
+    """Blocks of G, parts of log-sum-exps, and parts of Gram matrices."""
+    case = Case(dtype=torch.bfloat16, **options)
+    _, found = uninterpreted.submit(launches_of_a_step, case).result(timeout=900)
+    assert found <= largest

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def file(tmp_path, monkeypatch):
 
 def remember(index=1):
     """Write the candidate with this index to the file. Candidate 0 is the shipped tile."""
-    tune.remember(configs.tiles_file(), CPU, {KEY: asdict(CANDIDATES[index])})
+    for key in (KEY, "another kernel"):  # which replaces no choice
+        tune.remember(configs.tiles_file(), CPU, {key: asdict(CANDIDATES[index])})
     configs.tuned.cache_clear()
     return CANDIDATES[index]
 
@@ -111,10 +113,24 @@ def test_a_candidate_is_chosen_if_it_is_two_percent_faster_and_there_is_time_for
 
 def run_main(monkeypatch, rows):
     """The command if there is a GPU and `tune` yields these rows."""
+    mock = Mock(return_value=iter(rows))
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "INTERPRETED", False)
-        patch.setattr(tune, "tune", lambda *_: iter(rows))
-        tune.main([])
+        patch.setattr(tune, "tune", mock)
+        tune.main(["--n", "5", "--d", "6", "--seconds", "7", "--dtype", "float16"])
+    assert mock.call_args.args[1:] == ([torch.float16], 5, 6, 7)
+
+
+@pytest.mark.parametrize("problem", ["no GPU on which", "can't be changed"])
+def test_the_command_ends_at_once_if_nothing_could_be_chosen_or_kept(
+    problem, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path))  # a folder
+    if "GPU" in problem:
+        monkeypatch.setattr(tune, "architecture", lambda device: None)
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, [])
+    assert problem in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kernel", ["gram_matrices", "cyclic_grads"])
@@ -141,8 +157,14 @@ def test_what_was_chosen_is_kept_also_after_an_interrupt(file, monkeypatch, caps
     assert where == f"kept in {file}"
 
 
-def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file):
+def test_a_tile_is_used_for_its_own_gpu_dtype_and_divisor_of_d_only(file, monkeypatch):
     tile = remember()
+    for name in ("architecture", "triton.__version__", "__version__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"cyclip_loss.kernels.configs.{name}", lambda device: "another")
+            configs.tuned.cache_clear()
+            assert tile_of(3, 256) is SHIPPED
+    configs.tuned.cache_clear()
     assert [tile_of(3, 256), tile_of(5, 128), tile_of(1, 768)] == [tile] * 3
     for other in (tile_of(3, 192), tile_of(3, 257), tile_of(3, 256, dtype=torch.float16)):
         assert other is SHIPPED
@@ -159,6 +181,9 @@ def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
     file, tmp_path, monkeypatch
 ):
     assert warned() == []  # the default file may be missing
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configs.tiles_file() == tmp_path / ".cache/cyclip_loss/tiles.json"
     monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "chosen.json"))
     run_main(monkeypatch, [])
     assert warned() == []  # the command has made the file before it looks up a tile

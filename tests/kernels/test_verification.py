@@ -13,7 +13,7 @@ from accuracy import evaluate
 from inputs import Case
 from support import setting
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cyclip_loss import CyCLIPWarning, engines, kernels
 from cyclip_loss.engines import eager, verification
@@ -43,10 +43,6 @@ def scaled(index, original, *arguments, factor=1.01):
     return results
 
 
-def without_nan(original, *arguments):
-    return tree_map_only(Tensor, torch.nan_to_num, original(*arguments))
-
-
 def without_nan_in(index, original, *arguments):
     """Hides NaN in the first or second features or vector."""
     leaves, spec = tree_flatten(arguments)
@@ -61,26 +57,19 @@ def with_ids(change, original, logits, *rest):
     return original(logits._replace(**ids), *rest)
 
 
-FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_features"])
 POSITIVES = {"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}
 # The options of a step, and the functions that it calls in another layout than a plain step.
 STEPS = [
     ({}, PLAIN),
     ({"dtype": torch.float32}, PLAIN),
-    ({"dtype": torch.float32, "function": "siglip"}, (SIGMOID, GRAMS, CYCLIC_GRADS)),
     ({"d": 6}, PLAIN),
-    ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
-    (POSITIVES, (SIGMOID,)),
     # Extra negatives, images or texts, have a call of their own.
     (POSITIVES | {"negatives": (3, 2)}, (SIGMOID, SIGMOID)),
     ({"distinct_ids": 4}, (LSE, GRADS)),
     ({"distinct_ids": 4, "same_ids": "positives"}, (GRADS,)),
     ({"negatives": (3, None)}, (LSE, GRADS)),
-    ({"frozen": FROZEN_IMAGE}, (GRADS,)),
-    ({"frozen": FROZEN_TEXT}, (GRADS,)),
-    ({"frozen": frozenset(["logit_scale"])}, (GRADS,)),
-    ({"lambdas": (0.25, 0.5)}, (GRAMS, CYCLIC_GRADS)),
+    ({"frozen": frozenset(["image_features"])}, (GRADS,)),
     ({"output_dict": True}, (GRAMS, CYCLIC_GRADS)),
     ({"centered": True}, (GRAMS, CYCLIC_GRADS)),
     ({"image_layout": "rows 8 elements wider"}, (LSE, GRADS, GRAMS, CYCLIC_GRADS)),
@@ -89,7 +78,7 @@ STEPS = [
 
 
 def recorded_verifications(monkeypatch, seconds=0.0):
-    """A list that gets the function and arguments of each verification, `seconds` longer."""
+    """A list that gets the function and arguments of each comparison, which takes seconds more."""
     compared, original = [], VerifiedKernels.verify
 
     def recorded(self, function, arguments):
@@ -126,7 +115,7 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
         results = enumerate(tree_leaves(original(*arguments)))
         scale = partial(scaled, factor=1.01 if dtype == BFLOAT16 else 1.001)
         faults = [partial(scale, index) for index, x in results if x is not None and x.any()]
-        faults += [] if options else [without_nan, *(partial(without_nan_in, i) for i in (0, 1))]
+        faults += [] if options else [partial(without_nan_in, i) for i in (0, 1)]
         if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
             faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
             faults += [partial(with_ids, lambda ids: ids.clamp(min=0))]
@@ -144,12 +133,6 @@ def as_on_a_gpu(dtype, **functions):
     return engine
 
 
-def with_row_lse(change, original, logits):
-    lse = original(logits)
-    lse.of_rows.copy_(change(original, logits, lse.of_rows))
-    return lse
-
-
 def without_tile(index, original, *arguments):
     """Of a result, a tile beside the diagonal is 0."""
     results = original(*arguments)
@@ -157,39 +140,6 @@ def without_tile(index, original, *arguments):
     return results
 
 
-def without_tile_of_g(original, logits, saved, needs, float32_grads):
-    """The gradients of 128 rows lack what 128 columns add to them."""
-    grads = original(logits, saved, needs, float32_grads)
-    vectors = [vector[:128] for vector in saved[:3]]
-    saved = SavedStatistics(*vectors, saved.upstream_scale)
-    tile = original(logits.block(0, 128, 0, 128), saved, needs, float32_grads)
-    grads.rows[:128] -= tile.rows
-    return grads
-
-
-def without_rows(original, image, text, means, with_cross):
-    return original(image[16:], text[16:], means, with_cross)
-
-
-LSE_FAULTS = {
-    "off by 0.05": lambda original, logits, lse: lse + 0.05,
-    "20 columns left out": lambda original, logits, lse: (
-        original(logits.block(0, len(lse), 20)).of_rows
-    ),
-    "a tile twice": lambda original, logits, lse: torch.logaddexp(
-        lse, original(logits.block(0, len(lse), 0, 128)).of_rows
-    ),
-}
-# By the function: what a kernel may do wrong, and PyTorch does not.
-FAULTS = {
-    LSE: [partial(with_row_lse, change) for change in LSE_FAULTS.values()],
-    GRADS: [without_tile_of_g, *(partial(scaled, i) for i in range(3))],
-    SIGMOID: [partial(scaled, i) for i in range(4)],
-    GRAMS: [without_rows, partial(scaled, 0)],
-    CYCLIC_GRADS: [partial(scaled, 0), partial(scaled, 1)],
-}
-# The index of a result that has tiles.
-TILED = {GRADS: 1, SIGMOID: 2, GRAMS: 0, CYCLIC_GRADS: 1}
 PRECISIONS = [
     (torch.float32, "highest"),
     (torch.float32, "high"),
@@ -213,20 +163,26 @@ def calls(dtype, d):
     }
 
 
-@pytest.mark.parametrize("function", FAULTS)
+@pytest.mark.parametrize("function", [*PLAIN, SIGMOID])
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS[1:], ids=str)
 def test_the_batch_of_a_gpu_shows_what_rounding_does_not_explain(dtype, precision, function):
-    """Where D is 512 or 768. Without a fault PyTorch agrees with itself in float64."""
+    """Where D is 512 or 768. Without a fault PyTorch agrees with itself in float64.
+
+    A log-sum-exp of 700 logits is off by 0.004 if 3 of them are left out.
+    """
     original, arguments = getattr(eager, function), calls(dtype, 512)[function]
-    faults = list(FAULTS[function])
-    if function in TILED:
-        faults.append(partial(without_tile, TILED[function]))
+    engine = VerifiedKernels(SimpleNamespace(), torch.device("cuda"), dtype)
+    engine.device = torch.device("cpu")
+    factor = 1.0005 if function == LSE else 1.01
     with setting("float32_matmul_precision", precision):
-        as_on_a_gpu(dtype, **{function: original}).verify(function, arguments)
-        for fault in faults:
-            engine = as_on_a_gpu(dtype, **{function: partial(fault, original)})
-            with pytest.raises(AssertionError, match="not close"):
-                engine.verify(function, arguments)
+        setattr(engine.kernels, function, original)
+        engine.verify(function, arguments)
+        for index, result in enumerate(tree_leaves(original(*arguments))):
+            faults = [partial(scaled, factor=factor), *[without_tile] * (result.ndim > 1)]
+            for fault in faults:
+                setattr(engine.kernels, function, partial(fault, index, original))
+                with pytest.raises(AssertionError, match="not close"):
+                    engine.verify(function, arguments)
 
 
 def rounded_as_by_a_gpu(original, a, b, dtype):
@@ -244,7 +200,7 @@ def rounded_as_by_a_gpu(original, a, b, dtype):
 
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=str)
 def test_rounding_is_no_fault(dtype, precision, monkeypatch):
-    """Also with D = 4,096 and a logit scale of 100, which no verification has."""
+    """Also with D = 4,096 and a logit scale of 100, which no comparison has."""
     monkeypatch.setitem(verification.SCALARS, "logit_scale", 100.0)
     if precision == "high" or dtype == BFLOAT16:
         module = sys.modules["cyclip_loss.kernels.contrastive_grads"]
@@ -258,29 +214,18 @@ def test_rounding_is_no_fault(dtype, precision, monkeypatch):
             engine.verify(function, arguments)
 
 
-@pytest.mark.parametrize("offset", [-2, 2, NO_PAIRS])
-def test_a_fault_where_the_columns_are_not_those_of_the_rows_is_noticed(offset, monkeypatch):
+def test_columns_before_and_behind_the_rows_and_without_pairs_are_layouts(monkeypatch):
     """In a ring, a block's pairs are before or behind the rows. Extra negatives have none."""
-    original, engine = kernels.contrastive_lse, verified(BFLOAT16)
-
-    def kind(x):
-        return x < 0, x > 0, x == NO_PAIRS
-
-    def wrong_only_there(logits):
-        here = kind(logits.partner_offset) == kind(offset)
-        return original(logits._replace(partner_offset=0) if here else logits)
-
-    monkeypatch.setattr(kernels, LSE, wrong_only_there)
+    compared, engine = recorded_verifications(monkeypatch), verified(BFLOAT16)
     logits = Logits(*Case(6, 4, BFLOAT16).inputs("cpu"), None, None, 0, True, False)
-    for other in {0, -2, 2, NO_PAIRS} - {offset}:
-        engine.contrastive_lse(logits._replace(partner_offset=other))
-    assert engine.problem is None
-    with pytest.warns(CyCLIPWarning, match=rf" {LSE}\("):
+    for offset in (0, -2, 2, NO_PAIRS, -3, 3):
         engine.contrastive_lse(logits._replace(partner_offset=offset))
+    small = [engine.small_batch(*call)[0].partner_offset for call in compared]
+    assert small == [0, -10, 10, NO_PAIRS]
 
 
 def fails(*arguments):
-    raise RuntimeError("out of resources: shared memory")
+    raise RuntimeError("out of resources" + 9999 * "!")
 
 
 @pytest.mark.parametrize(
@@ -297,13 +242,14 @@ def test_if_a_kernel_is_wrong_or_fails_pytorch_computes_everything_in_its_dtype(
     torch.testing.assert_close(found, step("eager"))
     assert f" {GRADS}(" in message
     assert problem in message
+    assert len(message) < 1500
     assert verified(torch.float32).problem is None
     if fault is fails:
         with pytest.raises(RuntimeError, match=problem):
             step("triton")
 
 
-def test_a_verification_without_memory_says_nothing_of_the_kernels(monkeypatch):
+def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch):
     """PyTorch computes this call, without a warning, and the next call compares again."""
     warnings.simplefilter("error", CyCLIPWarning)  # pytest resets it
 
@@ -335,8 +281,8 @@ def test_two_threads_compare_a_layout_once(monkeypatch):
     assert len(compared) == 2
 
 
-def test_the_verification_does_not_depend_on_the_settings_of_the_caller(monkeypatch):
-    """A warning in the verification is no error either, although the caller turns it into one."""
+def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch):
+    """A warning in the comparison is no error either, although the caller turns it into one."""
     original = VerifiedKernels.small_batch
 
     def warns(*arguments):

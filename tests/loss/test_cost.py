@@ -6,7 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 from accuracy import evaluate, function_of
-from inputs import Case
+from inputs import INPUTS, Case
 from support import strips_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,54 +92,45 @@ def test_forward_keeps_only_vectors_and_gram_matrices(impl, n, lambda_inmodal, g
     assert sum(kept) <= 4 * (vectors * n + grams * D * D) + 1024
 
 
-@pytest.mark.parametrize("differentiated", [True, False])
-def test_exponentials_are_kept_for_backward_only(impl, n, differentiated):
-    """And not by the kernels. (At most 5 strips, as above, beside them.)"""
-    leaves = Case(n, D).leaves("cpu")
-    with keeping(n**2), torch.set_grad_enabled(differentiated):
-        kept = sum(cpu_allocations(lambda: CyCLIPLoss(0, 0, impl=impl)(*leaves)))
-    expected = 4 * n * n if differentiated and impl == "eager" else 0
-    assert expected <= kept <= expected + 4 * 5 * n + 1024
-
-
-def flops(case, work):
-    """Of the matrix products of `work(case, arguments, "eager")`."""
+def flops(case):
+    """Of the matrix products of a step."""
     # PyTorch's counter leaves these products out.
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        work(case, case.arguments("cpu"), "eager")
+        evaluate(case, case.arguments("cpu"), "eager")
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("function", ["cyclip", "siglip"])
-def test_without_gradients_only_the_logits_are_computed(function):
-    with torch.no_grad():
-        found = flops(Case(40, 12, lambdas=(0, 0), function=function), evaluate)
-    assert found == 2 * 40 * 40 * 12
+ONLY_TEXT = frozenset(["image_features", "logit_scale"])
 
 
 @pytest.mark.parametrize(
-    ("function", "n", "lambdas", "n2d", "nd2"),
+    ("options", "n2d", "nd2"),
     [
         # Streamed: 6 N^2 D for the contrastive term, 8 N^2 D above 40 pairs here, 7 N D^2 for the
         # penalties, or 13 N D^2 if the lambdas differ. (A and B have two blocks of rows.)
-        ("cyclip", 40, (0, 0), 6, 0),
-        ("cyclip", 41, (0, 0), 8, 0),
-        ("cyclip", 40, (0.25, 0.25), 6, 7),
-        ("cyclip", 40, (0.25, 0.5), 6, 13),
-        ("siglip", 40, (0, 0), 6, 0),
+        ({}, 6, 0),
+        ({"n": 41}, 8, 0),
+        ({"frozen": ONLY_TEXT}, 4, 0),
+        ({"frozen": frozenset(INPUTS)}, 2, 0),
+        ({"lambdas": (0.25, 0.25)}, 6, 7),
+        ({"lambdas": (0.25, 0.5)}, 6, 13),
+        ({"function": "siglip"}, 6, 0),
+        ({"function": "siglip", "frozen": frozenset([*INPUTS, "logit_bias"])}, 2, 0),
         # Dense: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
-        ("cyclip", 12, (0, 0), 6, 0),
-        ("cyclip", 12, (0.25, 0.5), 12, 0),
+        ({"n": 12}, 6, 0),
+        ({"n": 12, "lambdas": (0.25, 0.5)}, 12, 0),
         # The penalties alone.
-        ("penalties", 12, (0.25, 0.5), 6, 0),
-        ("penalties", 13, (0.25, 0.5), 0, 13),
+        ({"n": 12, "function": "penalties", "lambdas": (0.25, 0.5)}, 6, 0),
+        ({"n": 13, "function": "penalties", "lambdas": (0.25, 0.5)}, 0, 13),
     ],
+    ids=str,
 )
-def test_flops_are_those_of_the_formulas(function, n, lambdas, n2d, nd2):
-    case = Case(n, 12, lambdas=lambdas, function=function)
+def test_flops_are_those_of_the_formulas(options, n2d, nd2):
+    """Without gradients only the logits are computed."""
+    case = Case(**{"n": 40, "d": 12, "lambdas": (0, 0), **options})
     with strips_of(6), keeping(40**2):
-        assert flops(case, step) == n2d * n * n * 12 + nd2 * n * 12 * 12
+        assert flops(case) == n2d * case.n**2 * 12 + nd2 * case.n * 12 * 12
 
 
 def saved_matrices(given):
@@ -151,6 +142,7 @@ def saved_matrices(given):
             sizes.append(x.numel())
         return x
 
+    given = {name: x.requires_grad_() for name, x in given.items()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         CyCLIPLoss(0, 0, impl="eager")(**given)
     return sum(sizes)
@@ -159,11 +151,18 @@ def saved_matrices(given):
 def test_exponentials_are_kept_of_so_many_logits_of_a_call():
     """The limit is that of all comparisons together: with views, there are three."""
     n = 3 * D
-    case = Case(n, D, views=True, distance=1.0)
-    given = {name: x.requires_grad_() for name, x in case.arguments("cpu").items()}
+    given = Case(n, D, views=True, distance=1.0).arguments("cpu")
     for limit, kept in ((n * n, 1), (2 * n * n + 1, 2), (3 * n * n, 3)):
         with keeping(limit):
             assert saved_matrices(given) == kept * n * n
+
+
+def test_the_shipped_limits_of_memory_are_those_of_the_pages():
+    """They promise 2^24 exponentials, and beyond that blocks."""
+    for n, kept in ((4096, 2**24), (4097, 0)):
+        case = Case(n, D, lambdas=(0, 0), distance=1.0)
+        assert saved_matrices(case.arguments("cpu")) == kept
+    assert max(cpu_allocations(lambda: step(case, case.arguments("cpu"), "eager"))) < case.n**2
 
 
 def test_exponentials_that_backward_cannot_use_are_not_kept():
@@ -172,7 +171,6 @@ def test_exponentials_that_backward_cannot_use_are_not_kept():
     image[:, 0] = 1
     text = image.clone()
     text[0] *= -1
-    features = {"image_features": image, "text_features": text}
-    given = {name: x.requires_grad_() for name, x in features.items()}
-    assert saved_matrices({**given, "logit_scale": 100.0}) == 0
-    assert saved_matrices({**given, "logit_scale": 10.0}) == len(image) ** 2
+    given = {"image_features": image, "text_features": text}
+    for scale, kept in ((100.0, 0), (10.0, len(image) ** 2)):
+        assert saved_matrices({**given, "logit_scale": torch.tensor(scale)}) == kept

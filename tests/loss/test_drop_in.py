@@ -48,9 +48,9 @@ FLAGS_BY_POSITION = (True, True, True, 0, 1, False)
 )
 def test_without_penalties_it_is_open_clips_loss(ours, theirs, device):
     inputs = Case(40, 8, torch.float64).inputs(device)
-    for bias in (-10.0, 1.0):
+    for bias in (None, -10.0, 1.0):
         # `open_clip.ClipLoss` of 3.3 adds a tensor only.
-        shift = {"logit_bias": torch.tensor(bias, dtype=torch.float64, device=device)}
+        shift = {"logit_bias": bias and torch.tensor(bias, dtype=torch.float64, device=device)}
         found, expected = (results(partial(loss, **shift), *inputs) for loss in (ours, theirs))
         torch.testing.assert_close(found, expected)
     terms = ours(*inputs, **shift, output_dict=True)
@@ -68,6 +68,7 @@ def test_siglips_loss_takes_open_clips_exchanges_and_chunks(loss_class):
     names = {None: "gather", "bidir": "ring", "shift": "ring", "reduce": "gather"}
     for theirs, ours in names.items():
         assert loss_class(dist_impl=theirs).dist_impl == ours
+    assert loss_class().dist_impl == "gather"
     assert loss_class(chunk_size=0).chunk_size == 0  # the main branch's default
 
 

@@ -28,35 +28,16 @@ ONE, IDS = GOOD[0, 0], GOOD[:, 0].long()
 # A subclass without a dispatch of its own, such as MONAI's MetaTensor, is an ordinary tensor.
 PLAIN = GOOD.as_subclass(type("Plain", (torch.Tensor,), {}))
 GIVEN = {FEATURES[0]: GOOD, FEATURES[1]: PLAIN, "logit_scale": 10.0}
-BAD_FEATURES = {
-    TypeError: [GOOD.tolist(), GOOD.long(), GOOD.to_sparse(), NESTED, GOOD.as_subclass(DTensor)],
-    ValueError: [GOOD[0], GOOD[:0], GOOD[:, :0]],
+BAD_TYPES = [GOOD.tolist(), GOOD.long(), GOOD.to_sparse(), NESTED, GOOD.as_subclass(DTensor)]
+BAD_SHAPES = [GOOD[0], GOOD[:0], GOOD[:, :0]]
+UNLIKE = {
+    TypeError: [*BAD_TYPES, GOOD.double()],
+    ValueError: [*BAD_SHAPES, GOOD.new_ones(5, 3), GOOD.to("meta")],
 }
-UNLIKE_FEATURES = {TypeError: [GOOD.double()], ValueError: [GOOD.new_ones(5, 3), GOOD.to("meta")]}
-
-
-@pytest.mark.parametrize("name", FEATURES + VIEWS)
-def test_bad_features_raise_an_error_that_names_the_argument(name):
-    given = GIVEN | (dict.fromkeys(VIEWS, GOOD) if name in VIEWS else {})
-    functions = [CyCLIPLoss()]
-    if name in FEATURES:
-        functions += [
-            CySigLIPLoss(),
-            contrastive_logsumexp,
-            lambda logit_scale, **pair: CyclicPenalty()(**pair),
-            lambda logit_scale, **pair: consistency_metrics(**pair),
-        ]
-    tables = [BAD_FEATURES] if name == "image_features" else [BAD_FEATURES, UNLIKE_FEATURES]
-    for function, (error, values) in product(functions, (x for y in tables for x in y.items())):
-        for bad in values:
-            # Without rows in the texts either, their shapes are equal.
-            names = FEATURES if name == FEATURES[0] else [name]
-            with pytest.raises(error, match=rf"\b{name}\b"):
-                function(**given | dict.fromkeys(names, bad))
-
-
 # Bad values of an argument, by its name and the error.
 BAD_ARGUMENTS = {
+    FEATURES[0]: {TypeError: BAD_TYPES, ValueError: BAD_SHAPES},
+    **dict.fromkeys((FEATURES[1], *VIEWS), UNLIKE),
     "logit_scale": {
         TypeError: [None, True, ONE.long(), ONE.as_subclass(DTensor)],
         ValueError: [0.0, -1, torch.nan, HUGE, GOOD[:2, 0], ONE.to("meta")],
@@ -69,12 +50,34 @@ BAD_ARGUMENTS = {
 }
 
 
+def refused(error, name, value, call):
+    """Assert that the call raises the error, which names the argument and shows what came."""
+    with pytest.raises(error, match=rf"\b{name}\b") as caught:
+        call()
+    came = [repr(value), type(value).__name__]
+    if isinstance(value, torch.Tensor):
+        sizes = () if value.is_nested else tuple(value.shape)
+        came = ["DTensor", value.dtype, value.layout, value.device, sizes]
+        came += [f"and {size}" for size in sizes]
+    assert any(str(x) in str(caught.value) for x in came), caught.value
+
+
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_an_error_names_the_bad_argument(name):
-    for error, values in BAD_ARGUMENTS[name].items():
+    given = GIVEN | (dict.fromkeys(VIEWS, GOOD) if name in VIEWS else {})
+    functions = [CyCLIPLoss()]
+    if name in FEATURES:
+        functions += [
+            CySigLIPLoss(),
+            contrastive_logsumexp,
+            lambda logit_scale, **pair: CyclicPenalty()(**pair),
+            lambda logit_scale, **pair: consistency_metrics(**pair),
+        ]
+    # Without rows in the texts either, their shapes are equal.
+    names = FEATURES if name == FEATURES[0] else [name]
+    for function, (error, values) in product(functions, BAD_ARGUMENTS[name].items()):
         for bad in values:
-            with pytest.raises(error, match=rf"\b{name}\b"):
-                CyCLIPLoss()(**GIVEN | {name: bad})
+            refused(error, name, bad, partial(function, **given | dict.fromkeys(names, bad)))
 
 
 def call(**options):
@@ -92,11 +95,29 @@ def call(**options):
         (lambda: engine_of(GOOD, ["auto"]), ValueError, "impl"),
         (lambda: call(same_ids="positives"), ValueError, "needs ids"),
         (lambda: call(process_group="a group"), ValueError, "not initialised"),
+        (lambda: call(rank=3), ValueError, "rank=3 and world_size=1"),
+        (
+            lambda: CyCLIPLoss()(**GIVEN, negative_text_ids=IDS),
+            ValueError,
+            "negative_text_ids needs negative_text_features",
+        ),
+        (
+            lambda: CyCLIPLoss()(**GIVEN, **{NEGATIVES[1]: GOOD}, negative_image_ids=IDS),
+            ValueError,
+            "negative_image_ids needs ids",
+        ),
+        # A scalar of no dimension goes with features on any device.
+        (lambda: CyCLIPLoss()(*[GOOD.to("meta")] * 2, GOOD[:1, 0]), ValueError, "logit_scale"),
         # Not before the call, as the group may be initialised after construction.
         (
             lambda: torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")(**GIVEN),
             ValueError,
             "rank=3 and world_size=8",
+        ),
+        (
+            lambda: CyCLIPLoss()(**GIVEN, **{VIEWS[0]: GOOD, VIEWS[1]: GOOD[:2]}),
+            ValueError,
+            "^text_features and augmented_text_features",
         ),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_image_features=GOOD), ValueError, VIEWS[1]),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_text_features=GOOD), ValueError, VIEWS[0]),
@@ -116,7 +137,7 @@ BAD_OPTIONS = {
     ValueError: [
         *((EVERY, "lambda_inmodal", bad) for bad in (-0.1, torch.nan)),
         (EVERY, "lambda_crossmodal", torch.inf),
-        (EVERY, "reference_batch_size", 0),
+        *((EVERY, "reference_batch_size", bad) for bad in (0, HUGE)),
         (EVERY, "impl", "cuda"),
         *((LOSS, "dist_impl", bad) for bad in ("rows", ["gather"])),
         (LOSS, "same_ids", "equal"),
@@ -136,17 +157,13 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize("error", BAD_OPTIONS)
-def test_a_bad_option_is_refused_wherever_it_is_set_and_the_old_value_stays(
-    error,
-):
+def test_a_bad_option_is_refused_wherever_it_is_set_and_the_old_value_stays(error):
     for modules, name, value in BAD_OPTIONS[error]:
         for build in modules:
             module = build()
             before = getattr(module, name)
-            with pytest.raises(error, match=rf"^{name}\b"):
-                build(**{name: value})
-            with pytest.raises(error, match=rf"^{name}\b"):
-                setattr(module, name, value)
+            refused(error, name, value, partial(build, **{name: value}))
+            refused(error, name, value, partial(setattr, module, name, value))
             assert getattr(module, name) == before
 
 
@@ -154,7 +171,19 @@ def test_repr_shows_the_options_that_differ_from_their_default():
     options = {"distributed": False, "inmodal_contrastive_weight": 0.5, "uneven": True}
     shown = repr(CyCLIPLoss(**options))
     assert eval(shown).__dict__.items() >= options.items()
+    assert "lambda_inmodal=0.25" in shown
     assert "impl" not in shown
+
+
+def test_features_without_values_have_a_loss_without_value():
+    meta = GOOD.to("meta")
+    assert CyCLIPLoss()(meta, meta, 10.0).is_meta
+
+
+def test_a_call_logs_its_plan(caplog):
+    caplog.set_level("DEBUG", "cyclip_loss")
+    call(impl="eager")
+    assert "4 pairs on this rank, D = 3: PyTorch: impl is 'eager'; Plan(" in caplog.text
 
 
 def test_a_penalty_without_weights_ignores_values_that_are_not_finite():

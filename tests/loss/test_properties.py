@@ -1,187 +1,47 @@
-"""The laws of the loss. (`tests/ranks` has its laws across ranks.)
+"""Laws: the log-sum-exps equal their definition, and no bad value is hidden by a finite loss.
 
-Hypothesis draws small batches, dense and streamed, with features that are multiples of 1/4. So a
-law that fails is printed with a batch that one can compute by hand.
+`test_loss.py` compares the losses with their definitions. (`tests/ranks` has laws across ranks.)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import isnan
-from typing import ClassVar
 
-import pytest
 import torch
-from accuracy import value_and_grads
+from accuracy import function_of, value_and_grads
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import FEATURES, NEGATIVES
+from inputs import FEATURES, Case, cases, counts, exact_on_host, normal
 from support import examples, strips_of
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
+from cyclip_loss import contrastive_logsumexp, reference
 
-Rows = list[list[int]]
-IDS = ("ids", "negative_image_ids", "negative_text_ids")
-# The kernels compute in float32, and logits are at most 100 here.
+# The kernels compute in float32.
 DTYPE = {"eager": torch.float64, "triton": torch.float32}
 TOLERANCE = {"eager": 1e-11, "triton": 2e-5}
-
-
-@dataclass
-class Batch:
-    """N pairs, and what a law needs besides. Features are in units of 1/4."""
-
-    image_features: Rows
-    text_features: Rows
-    negative_image_features: Rows | None  # extra negatives
-    negative_text_features: Rows | None
-    negative_image_ids: list[int] | None
-    negative_text_ids: list[int] | None
-    logit_scale: int
-    logit_bias: int | None  # of SigLIP's loss; None: CyCLIP's loss
-    ids: list[int]
-    same_ids: str
-    lambdas: tuple[int, int]  # in units of 1/8
-    strip_rows: int | None
-    vector: list[int]  # (D,), not 0
-
-    impl: ClassVar[str]  # these are set for each test
-    device: ClassVar[torch.device]
-
-    def arguments(self, *names):
-        """These arguments, by default all."""
-        found = {}
-        all_names = (*FEATURES, *NEGATIVES, "logit_scale", "logit_bias", *IDS)
-        for name in names or all_names:
-            value = getattr(self, name)
-            if value is not None:
-                dtype = torch.int64 if name in IDS else DTYPE[self.impl]
-                tensor = torch.tensor(value, dtype=dtype, device=self.device)
-                rows = "features" in name
-                found[name] = tensor.reshape(-1, len(self.vector)) / 4 if rows else tensor
-        return found
-
-    def module(self, **options):
-        module = CyCLIPLoss if self.logit_bias is None else CySigLIPLoss
-        return module(*[x / 8 for x in self.lambdas], **options, impl=self.impl)
-
-    def penalty(self, *lambdas, **options):
-        return CyclicPenalty(*lambdas, **options, impl=self.impl)
-
-    def log_sum_exps(self, **given):
-        with strips_of(self.strip_rows):
-            return contrastive_logsumexp(**given, impl=self.impl)
-
-    def loss(self, given):
-        """The loss of these arguments, with its gradients."""
-        options = {"same_ids": self.same_ids} if "ids" in given else {}
-        return self.gradients(self.module(**options), given)
-
-    def gradients(self, function, given):
-        """The result of `function(**given)`, under the name "value", and its gradients."""
-        with strips_of(self.strip_rows):
-            return value_and_grads(function, given)
-
-
-@st.composite
-def batches(draw, siglip=True):
-    n, d = draw(st.integers(1, 8)), draw(st.integers(1, 5))
-
-    def lists(elements, size):
-        return draw(st.lists(elements, min_size=size, max_size=size))
-
-    row = st.lists(st.integers(-4, 4), min_size=d, max_size=d)
-    counts = [draw(st.sampled_from([None, 0, 2])) for _ in NEGATIVES]
-    id_counts = [None if draw(st.booleans()) else count for count in counts]
-    return Batch(
-        lists(row, n),
-        lists(row, n),
-        *[None if count is None else lists(row, count) for count in counts],
-        *[None if count is None else lists(st.integers(0, 4), count) for count in id_counts],
-        draw(st.integers(1, 16)),
-        draw(st.sampled_from([None, None, -9, 1])) if siglip else None,
-        lists(st.integers(0, 3), n),
-        draw(st.sampled_from(["ignored", "positives"])),
-        draw(st.tuples(st.integers(0, 8), st.integers(0, 8))),
-        draw(st.sampled_from([None, 1, 3])),
-        draw(row.filter(any)),
-    )
-
-
-# The kernels equal the definition (`test_loss.py`), from which these laws follow. Interpreted, they
-# would take long.
-eager_only = pytest.mark.parametrize("impl", ["eager"], indirect=True)
-
-
-def law(test, **options):
-    """A test with batches of both losses."""
-    return eager_only(examples(0.5)(given(batch=batches(**options))(test)))
-
-
-@pytest.fixture(autouse=True)
-def engine(impl, device, monkeypatch, recwarn):
-    """Rows are not of unit length, and recwarn takes warnings.
-
-    raising: the class has no such attributes yet.
-    """
-    monkeypatch.setattr(Batch, "impl", impl, raising=False)
-    monkeypatch.setattr(Batch, "device", device, raising=False)
-
-
-def assert_equal(found, expected):
-    """Up to rounding, relative to the largest element of a value or gradient, or to 1."""
-    assert found.keys() == expected.keys()
-    for name, right in expected.items():
-        right = right.double()
-        size = max([1.0, *right.nan_to_num(neginf=0.0).abs().flatten().tolist()])
-        torch.testing.assert_close(
-            found[name].double(),
-            right,
-            rtol=0,
-            atol=TOLERANCE[Batch.impl] * size,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def widened(given):
-    return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
-
-
-@eager_only
-@given(batch=batches())
-def test_the_loss_equals_its_definition(batch):
-    given = batch.arguments()
-
-    def definition(logit_bias=None, **given):
-        options = {"same_ids": batch.same_ids, **given}
-        contrastive, *penalties = reference.cyclip_loss(
-            lambda_inmodal=batch.lambdas[0] / 8, lambda_crossmodal=batch.lambdas[1] / 8, **options
-        ).values()
-        if logit_bias is not None:
-            contrastive = reference.siglip_loss(logit_bias=logit_bias, **options)
-        return contrastive + sum(penalties)
-
-    assert_equal(batch.loss(given), batch.gradients(definition, widened(given)))
-
-
-WITHOUT_NEGATIVES = Batch(
-    [[1]], [[2]], None, [], None, None, 3, None, [0], "ignored", (0, 0), None, [1]
-)
+# A few pairs, dense and streamed. Logits are at most 16.
+FEW = {
+    "n": st.integers(1, 8),
+    "d": st.integers(1, 5),
+    "norm": st.just(1.0),
+    "logit_scale": st.integers(1, 16).map(float),
+    "negatives": counts(0, 2),
+    "strip_rows": st.sampled_from([None, 1, 3]),
+}
 
 
 @examples(4 / 3)
 @given(
-    batch=batches(False),
-    weights=st.lists(st.integers(0, 3), min_size=24, max_size=24),
+    case=cases(**FEW, function=st.just("log-sum-exps")),
     sign=st.sampled_from([1, -1]),
     one_way=st.booleans(),
 )
-@example(batch=WITHOUT_NEGATIVES, weights=[1] * 24, sign=1, one_way=False)
-def test_log_sum_exps_equal_their_definition(batch, weights, sign, one_way):
-    """weights: upstream gradients, those of the pair logits plus 1. sign: of all of them."""
-    given = {name: x for name, x in batch.arguments().items() if "negative_image" not in name}
-    upstream = torch.tensor(weights, dtype=torch.float64, device=batch.device).view(3, 8)
-    upstream[0] -= 1
-    upstream *= sign
+@example(case=Case(1, 1, function="log-sum-exps", negatives=(0, None)), sign=1, one_way=False)
+def test_log_sum_exps_equal_their_definition(case, sign, one_way, impl, device):
+    """sign: of all upstream gradients of log-sum-exps. Some of them are 0."""
+    given = replace(case, dtype=DTYPE[impl]).arguments(device)
+    upstream = normal(3, case.n, seed=case.seed, device=device)
+    upstream[1:] = sign * upstream[1:].clamp(min=0)
 
     def results(function, given):
         vectors = []
@@ -190,78 +50,47 @@ def test_log_sum_exps_equal_their_definition(batch, weights, sign, one_way):
             row, column, pair = function(**given)
             vectors[:] = (pair, row) if one_way else (pair, row, column)
             # A row without negatives has -inf, and 0 * -inf is NaN.
-            finite = [x.nan_to_num(neginf=0.0) for x in vectors]
-            return sum((x * y[: len(x)]).sum() for x, y in zip(finite, upstream, strict=False))
+            return sum(
+                x.nan_to_num(neginf=0.0) @ y.to(x) for x, y in zip(vectors, upstream, strict=False)
+            )
 
-        grads = batch.gradients(weighted_sum, given)
-        return grads | {f"result {i}": x.detach() for i, x in enumerate(vectors)}
+        return value_and_grads(weighted_sum, given) | dict(enumerate(vectors))
 
-    ours = partial(contrastive_logsumexp, one_way=one_way, impl=batch.impl)
-    expected = results(reference.contrastive_logsumexp, widened(given))
-    assert_equal(results(ours, given), expected)
-
-
-@partial(law, siglip=False)
-def test_the_loss_is_linear_in_each_lambda(batch):
-    """The terms of `CyCLIPLoss` and of `CyclicPenalty` are those of weight 1, times the lambda."""
-    given = batch.arguments(*FEATURES, "logit_scale")
-
-    def total(logit_scale, **features):
-        clip = replace(batch, lambdas=(0, 0)).module()(**features, logit_scale=logit_scale)
-        penalties = batch.penalty(1, 1)(**features, output_dict=True)
-        alone = batch.penalty(0, 1)(**features)
-        torch.testing.assert_close(penalties["crossmodal_cyclic_loss"], alone)
-        weighted = zip(batch.lambdas, penalties.values(), strict=True)
-        return clip + sum(weight / 8 * penalty for weight, penalty in weighted)
-
-    assert_equal(batch.loss(given), batch.gradients(total, given))
-
-
-@law
-def test_eulers_identity_holds(batch):
-    """It needs no oracle. The logits have degree 2 in the features, and the penalties degree 4."""
-    given = batch.arguments()
-    found = batch.loss(given)
-    penalties = batch.penalty(*[x / 8 for x in batch.lambdas])(*[given[name] for name in FEATURES])
-    products = {name: (x * found[name]).sum() for name, x in given.items() if name in found}
-    right = 2 * products.pop("logit_scale") + 4 * penalties
-    products.pop("logit_bias", None)
-    assert_equal({"sum": sum(products.values())}, {"sum": right})
-
-
-@law
-def test_moving_all_images_or_all_texts_changes_no_centered_penalty(batch):
-    given, module = batch.arguments(*FEATURES), batch.penalty(0.5, 0.25, centered=True)
-    expected = batch.gradients(module, given)
-    vector = torch.tensor(batch.vector, device=batch.device)
-    moved = {name: given[name] + i * vector for i, name in enumerate(FEATURES, 1)}
-    assert_equal(batch.gradients(module, moved), expected)
-    assert len(batch.ids) > 1 or not any(x.any() for x in expected.values())
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    expected = results(reference.contrastive_logsumexp, wide)
+    with strips_of(case.strip_rows):
+        found = results(partial(contrastive_logsumexp, one_way=one_way, impl=impl), given)
+    for name, right in expected.items():
+        # Relative to the largest element of a value or gradient, or to 1.
+        size = max([1.0, *right.detach().nan_to_num(neginf=0.0).abs().flatten().tolist()])
+        close = {"rtol": 0, "atol": TOLERANCE[impl] * size}
+        torch.testing.assert_close(exact_on_host(found[name]), exact_on_host(right), **close)
 
 
 PLACE = st.integers(0, 7)
 # With an infinite first image, its pair looks perfectly matched, and its negative absent.
-PERFECT = replace(
-    WITHOUT_NEGATIVES, image_features=[[1], [1]], text_features=[[1], [-1]], ids=[0, 1]
-)
+PERFECT = Case(2, 1, seed=3)
 
 
 @examples(1.5)
 @given(
-    batch=batches(),
+    case=cases(**FEW, function=st.sampled_from(["cyclip", "siglip"])),
     place=st.tuples(PLACE, PLACE, PLACE),
     bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
     sign=st.sampled_from([1, -1, None]),
 )
-@example(batch=PERFECT, place=(0, 0, 0), bad=torch.inf, sign=None)
-@example(batch=replace(PERFECT, logit_bias=1), place=(0, 0, 0), bad=torch.inf, sign=None)
-def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(batch, place, bad, sign):
+@example(case=PERFECT, place=(0, 0, 0), bad=torch.inf, sign=None)
+@example(case=replace(PERFECT, function="siglip"), place=(0, 0, 0), bad=torch.inf, sign=None)
+@example(case=Case(1, 1, function="siglip"), place=(0, 0, 0), bad=torch.inf, sign=1)
+def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
+    case, place, bad, sign, impl, device
+):
     """Not even if logits of -inf would leave it finite. place: which input, row and column.
 
     sign: of all texts, with positive images, so that the logits of an infinite row have one sign.
     """
-    batch = replace(batch, lambdas=(2, 4))
-    given = batch.arguments()
+    case = replace(case, dtype=DTYPE[impl], lambdas=(0.25, 0.5), output_dict=True)
+    given = {name: x.clone() for name, x in case.arguments(device).items()}
     names = [name for name, x in given.items() if "features" in name and len(x)]
     for name in names if sign else ():
         given[name] = given[name].abs() * (sign if "text" in name else 1)
@@ -269,11 +98,12 @@ def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(batch, place, ba
     name = names[place[0] % len(names)]
     n, d = torch.atleast_2d(given[name]).shape
     torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
-    with strips_of(batch.strip_rows):
-        terms = batch.module(same_ids=batch.same_ids)(**given, output_dict=True)
-    results = [sum(terms.values())]
-    if name in FEATURES:
-        pairs = {x: given[x] for x in (*FEATURES, "logit_scale")}
-        results = [*terms.values(), *(x.logsumexp(0) for x in batch.log_sum_exps(**pairs))]
+    with strips_of(case.strip_rows):
+        terms = function_of(case, impl)(**given)
+        results = [sum(terms.values())]
+        if name in FEATURES:
+            pairs = {x: given[x] for x in (*FEATURES, "logit_scale")}
+            lse = contrastive_logsumexp(**pairs, impl=impl)
+            results = [*terms.values(), *(x.logsumexp(0) for x in lse)]
     for result in results:
         assert not result.isfinite(), (name, bad, sign)

@@ -9,7 +9,14 @@ from inputs import pairs
 from torch.nn.functional import normalize
 from towers import PlainClip
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, CyCLIPWarning, CySigLIPLoss, WithCyclicPenalty
+from cyclip_loss import (
+    CyclicPenalty,
+    CyCLIPLoss,
+    CyCLIPWarning,
+    CySigLIPLoss,
+    WithCyclicPenalty,
+    contrastive_logsumexp,
+)
 from cyclip_loss import inputs as checks
 
 
@@ -23,21 +30,28 @@ def messages(call):
 
 
 ROWS = torch.eye(4, device="cpu")
-STRONG, LENGTHS = "as strong as", "from 1 to 7"
-# A module, the number of pairs, changes of the arguments, and a part of the only warning. `long`
-# stands for texts of which one is 7 times as long.
+STRONG, LENGTHS = "times as strong as", "from 1 to 7"
+# A function, the number of pairs, changes of the arguments, and a part of the only warning. A
+# number stands for texts of which one has this length.
 CASES = [
-    (CyCLIPLoss(1, 0), 65, {}, STRONG),
+    (CyCLIPLoss(1, 0), 65, {}, "lambda = 1 in a batch of 65 is 2.03 times as strong as"),
     # The lambdas are not added: each may be twice as strong as the paper's.
     (CyCLIPLoss(), 256, {}, ""),
     (CyCLIPLoss(), 257, {}, STRONG),
     (CyclicPenalty(), 257, {}, STRONG),
+    (WithCyclicPenalty(PlainClip()), 257, {}, f"lambda = 0.25 in a batch of 257 is 2.01 {STRONG}"),
     (CyCLIPLoss(0, 1, reference_batch_size=128), 2000, {}, ""),
     (CySigLIPLoss(0.25, 0.25), 257, {}, STRONG),
-    (CyCLIPLoss(), 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 8, {"negative_text_features": "long"}, LENGTHS),
-    (WithCyclicPenalty(PlainClip()), 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),  # ln 100
+    (CyCLIPLoss(), 8, {"text_features": 0.94}, "from 0.94 to 1"),
+    (CyCLIPLoss(), 8, {"text_features": 0.96}, ""),
+    (CyCLIPLoss(), 8, {"text_features": 1.04}, ""),
+    (CyCLIPLoss(), 8, {"text_features": 1.06}, "from 1 to 1.06"),
+    (CyCLIPLoss(), 8, {"negative_text_features": 7}, LENGTHS),
+    (WithCyclicPenalty(PlainClip()), 8, {"text_features": 7}, LENGTHS),
+    (contrastive_logsumexp, 8, {"text_features": 7}, LENGTHS),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(4.99)}, "logit_scale is 4.99"),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(5.0)}, ""),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(torch.inf)}, "logit_scale is inf"),
     (CyCLIPLoss(), 8, {"image_features": torch.full((8, 4), torch.nan)}, ""),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, "logit_scale is nan"),
 ]
@@ -46,13 +60,14 @@ CASES = [
 @pytest.mark.parametrize(("module", "n", "changes", "expected"), CASES)
 def test_likely_mistakes_warn_once(module, n, changes, expected):
     image, text = (x.float() for x in pairs(n, 4, device="cpu"))
-    long = text.clone()
-    long[3 % n] *= 7
     given = {"image_features": image, "text_features": text}
     if type(module) is not CyclicPenalty:
         given["logit_scale"] = 20.0
     for name, value in changes.items():
-        given[name] = long if isinstance(value, str) else value
+        if not isinstance(value, torch.Tensor):
+            length, value = value, text.clone()
+            value[3] *= length
+        given[name] = value
     found = messages(lambda: module(**given))
     assert len(found) == bool(expected)
     assert all(expected in message for message in found), found

@@ -1,31 +1,29 @@
 """Compiled code whose collectives have one order on all ranks."""
 
 from itertools import combinations
-from typing import Any
 
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from torch.fx import Graph, GraphModule, Node
 
 # Our operators with collectives. (Those of one process have none, but are the same operators.)
 OPERATORS = ("logsumexp_forward", "contrastive_backward", "elementwise_step")
 
 
-def _is_operator(node: Node) -> bool:
+def _is_operator(node):
     return any(str(node.target).startswith(f"cyclip_loss.{name}") for name in OPERATORS)
 
 
-def _communicates(node: Node) -> bool:
+def _communicates(node):
     is_collective = str(node.target).startswith("_c10d_functional.")
     return _is_operator(node) or (is_collective and "wait" not in str(node.target))
 
 
-def unordered(graph: Graph) -> list[tuple[str, str]]:
+def unordered(graph):
     """The pairs of nodes that communicate, and of which neither depends on the other.
 
     Inductor keeps PyTorch's own collectives in order, so such pairs are left out.
     """
-    needs: dict[Node, set[Node]] = {}
+    needs = {}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         needs[node] = {*inputs, *(earlier for x in inputs for earlier in needs[x])}
@@ -37,13 +35,13 @@ def unordered(graph: Graph) -> list[tuple[str, str]]:
     ]
 
 
-def in_order(module: GraphModule, inputs: Any) -> Any:
+def in_order(module, inputs):
     """The backend "aot_eager", which raises unless data alone give all collectives one order.
 
     Inductor moves operators by the sizes of tensors, which may differ between ranks.
     """
 
-    def check(traced: GraphModule, _: Any) -> Any:
+    def check(traced, _):
         assert not unordered(traced.graph), unordered(traced.graph)
         return make_boxed_func(traced.forward)
 

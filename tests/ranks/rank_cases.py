@@ -100,7 +100,7 @@ def check_ranks(case, ranks):
             grads[name] = torch.stack(parts).double().sum().to(grad.dtype)
         else:
             grads[name] = torch.cat(parts)
-    check(case, case.arguments("cpu"), terms, grads, case.impl)
+    check(case, case.arguments(ranks.device), terms, grads, case.impl)
 
 
 def rank_cases(world_size, impl):

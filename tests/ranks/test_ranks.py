@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import ADVISED
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
 from support import examples, needs_triton
@@ -34,10 +33,11 @@ def test_kernels_are_accurate_across_ranks(data, world_size, ranks):
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
 
 
-@DIST_IMPLS
-def test_the_progress_is_that_of_the_whole_batch(dist_impl, ranks):
-    options = {"d": 8, "rows_per_rank": (2, 7), "uneven": True, "negatives": (9, 9), **ADVISED}
-    check_ranks(RankCase(dist_impl=dist_impl, **options), ranks)
+@needs_triton
+@pytest.mark.parametrize("function", ["cyclip", "siglip"])
+def test_a_rank_without_rows_needs_no_kernel(function, ranks):
+    options = {"impl": "triton", "dtype": torch.float32, "function": function, "uneven": True}
+    check_ranks(RankCase(rows_per_rank=(0, 5), **options), ranks)
 
 
 @pytest.mark.gpu
@@ -47,6 +47,8 @@ def test_two_ranks_that_share_a_gpu_are_accurate(impl):
         for dtype, n in product((torch.float32, torch.bfloat16), (130, 150)):
             options = {"dtype": dtype, "impl": impl, "lambdas": (0.5, 0.125), "uneven": n < 150}
             check_ranks(RankCase(d=40, rows_per_rank=(n, 150), **options), sharing)
+        with pytest.raises(AssertionError, match="needs nccl, not gloo"):
+            check_ranks(RankCase(dist_impl="ring"), sharing)
 
 
 def with_a_bad_value(rank, world_size, bad, dist_impl):

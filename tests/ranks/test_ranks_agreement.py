@@ -5,6 +5,7 @@ Warnings that depend on the whole batch are tested here, too.
 
 import contextlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from rank_cases import RankCase
 from support import forget_warnings
 from torch.distributed._functional_collectives import all_gather_tensor
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics, usage_warnings
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics
+from cyclip_loss.engines.verification import VerifiedKernels
+from cyclip_loss.ranks import agreement
 
 # A rank's call has options of its `Case`, and these of the function under test.
 NO_EFFECT = (
@@ -75,6 +78,8 @@ DIFFERING = [
         {"negatives": (count, None)} for count in (4, 2))),
     ("rows of image_features and text_features (unless uneven=True)", {}, {"n": 3}),
     ("ids are given", {}, IDS),
+    ("ids are given", *(
+        IDS | {"negatives": (4, None), "negative_ids": given} for given in (False, True))),
     ("same_ids", IDS, IDS | {"same_ids": "positives"}),
     ("which of the features require a gradient", {}, {"frozen": TEXT}),
     ("whether an input of each contrastive term requires", {}, {"frozen": ALL}),
@@ -101,6 +106,12 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     assert "must be the same on every rank, got [" in errors[0]
     assert not set(NO_EFFECT) & set(errors[0].split())
     assert before + after == ("right",) * 4
+
+
+def test_of_many_ranks_an_error_lists_sixteen_values_at_most():
+    assert agreement._listed(range(16)) == f"{[*range(16)]} (by rank)"
+    assert agreement._listed(["ring", "gather"] * 9) == "gather, ring on 18 ranks"
+    assert len(agreement._listed(range(99)).split(",")) == 16
 
 
 def test_options_without_effect_may_differ(ranks):
@@ -130,11 +141,13 @@ def test_an_empty_global_batch_raises_an_error_on_every_rank(options, ranks):
 
 
 def raises_warning(rank, world_size):
+    """Only of the first call with rows, which is the second one of rank 0."""
     forget_warnings()
-    features = 2 * torch.eye(3, device=own_device())
+    features, loss = 2 * torch.eye(3, device=own_device()), CyCLIPLoss(uneven=True)
+    loss(features[: 3 * rank], features[: 3 * rank], 10.0)
     with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
         warnings.simplefilter("error", CyCLIPWarning)
-        CyCLIPLoss()(features, features, 10.0)
+        loss(features, features, 10.0)
         return False
     return True
 
@@ -148,8 +161,9 @@ def warnings_by_call(rank, world_size, n):
     inputs = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
     calls = [lambda: CyCLIPLoss()(*inputs)]
     if rank == 1:
-        fails = {"subject": "kernels", "text": "they do not work", "every_rank": True}
-        calls.append(lambda: usage_warnings.warn_once(**fails))
+        no_kernels = SimpleNamespace(platform_of=str)
+        engine = VerifiedKernels(no_kernels, torch.device("cpu"), torch.float64)
+        calls.append(lambda: engine.gram_matrices(*inputs[:2], None, True))
     found = []
     for call in calls:
         forget_warnings()
@@ -166,7 +180,7 @@ def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(rows_per_r
     [first], [second, [own]] = ranks.run(2, warnings_by_call, rows_per_rank)
     assert ["times as strong" in text for text in first] == [True] * warned
     assert second == []
-    assert own.startswith("rank 1: they do not work")
+    assert own.startswith("rank 1: the Triton kernels do not work")
 
 
 def warnings_for_a_gathered_batch(rank, world_size):

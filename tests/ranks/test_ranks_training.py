@@ -9,6 +9,7 @@ from inputs import ADVISED, normal
 from pool import own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
@@ -17,13 +18,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
 pytestmark = pytest.mark.nccl
 
 
-def gradients(
-    rank,
-    world_size,
-    rows_per_rank,
-    wrapper="none",
-    dist_impl="gather",
-):
+def gradients(rank, world_size, rows_per_rank, wrapper="none", dist_impl="gather"):
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
     options = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)
@@ -62,36 +57,34 @@ def test_every_parameter_has_the_gradient_of_one_process(rows_per_rank, wrapper,
             assert grad.any(), name
 
 
-@DIST_IMPLS
 @pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_are_accurate_with_ids_negatives_and_views(function, dist_impl, ranks):
-    options = {"function": function, "dist_impl": dist_impl, "is_compiled": True}
-    options |= {"distinct_ids": 3, "negatives": (4, 6), "views": True}
-    check_ranks(RankCase(**options, **ADVISED), ranks)
-
-
-@pytest.mark.parametrize("rows_per_rank", [(3, 5), (30, 0), (1, 8, 0)], ids=str)
-@pytest.mark.parametrize("function", ["cyclip", "siglip", "log-sum-exps"])
-def test_compiled_ranks_with_different_numbers_of_rows_are_accurate(function, rows_per_rank, ranks):
-    """Such a call runs between the compiled graphs."""
-    options = {"function": function, "is_compiled": True, "uneven": True, "negatives": (4, 6)}
-    check_ranks(RankCase(rows_per_rank=rows_per_rank, **options, **ADVISED), ranks)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dist_impl": name, "distinct_ids": 3, "views": True} for name in ("gather", "ring")),
+        # Such calls run between the compiled graphs.
+        *({"uneven": True, "rows_per_rank": rows} for rows in ((3, 5), (30, 0), (1, 8, 0))),
+    ],
+    ids=str,
+)
+def test_compiled_ranks_are_accurate(options, function, ranks):
+    options = {"function": function, "negatives": (4, 6), **options, **ADVISED}
+    check_ranks(RankCase(is_compiled=True, **options), ranks)
 
 
 def compiled_beside_other_sizes(rank, world_size):
     """Loss and gradients of a compiled step, in which another tensor has a size of its rank."""
     torch.manual_seed(rank)
-    features = [torch.nn.functional.normalize(torch.randn(300, 64), dim=1) for _ in range(2)]
-    negatives, words = torch.randn(7, 64), torch.randn((1, 4000)[rank], 64)
-    weights = torch.randn(64, 64)
+    counts = 300, 300, 7, (1, 4000)[rank], 64
+    inputs = [torch.randn(count, 64, device=own_device()) for count in counts]
     loss = CyCLIPLoss(0.5, 0.125, centered=True)
 
     def step(image, text, negatives, words, weights):
+        image, text = normalize(image), normalize(text)
         hidden = (words @ weights).tanh()
         text = text + hidden.mean()
         return loss(image, text, 10.0, negative_text_features=negatives) + hidden.square().mean()
 
-    inputs = *features, negatives, words, weights
     compiled = torch.compile(step, fullgraph=True)
     return results(compiled, *inputs), results(step, *inputs)
 
