@@ -21,6 +21,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from hypothesis import Phase, settings
+from interpreter import speed_up
 from pool import Ranks
 from support import (
     HAS_TRITON,
@@ -77,6 +78,7 @@ def pytest_runtest_setup(item):
     """
     torch.manual_seed(0)  # independent of the tests that ran before
     forget_warnings()
+    speed_up()
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("gpu"):
         needed = marker.args[0] if marker.args else 1

@@ -192,7 +192,7 @@ def _num_results(positives: bool) -> int:
 def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
     """The log-sum-exps, of which those of a direction also sum over extra negatives, (n,)."""
     lowest = torch.finfo(lse.dtype).min  # of two log-sum-exps of -inf, the gradient would be NaN
-    parts = list(lse.clamp(min=lowest).unbind())
+    parts = list(lse.unbind())
     # Not `logaddexp`, whose second derivative is NaN if one of the two is the lowest number.
     both = torch.stack((parts[direction], extra_lse.clamp(min=lowest)))
     parts[direction] = both.logsumexp(dim=0)
