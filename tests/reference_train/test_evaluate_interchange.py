@@ -1,5 +1,6 @@
 """Mixed galleries, compared with loops; neighbours and heads of made-up features."""
 
+from itertools import product
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -11,32 +12,7 @@ from torch.nn.functional import normalize
 from reference_train.evaluate import interchange
 
 
-def test_mixed_galleries_agree_with_loops(monkeypatch):
-    monkeypatch.setattr(interchange, "STRIP", 7)
-    monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
-    images, texts = (normalize(torch.randn(n, 4), dim=-1) for n in (40, 45))
-    # Image i has texts i and i + 1. The last four belong to no image, so they are in no gallery.
-    is_right = (torch.eye(40, 45) + torch.eye(40, 45).roll(1, dims=1)).bool()
-    matches = csr_array(is_right.numpy())
-    means = tuple(torch.randn(2, 4) / 2)
-    found = interchange.gallery_numbers(images, texts, matches, means)
-    steps = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
-    for kind, (image_step, text_step) in steps.items():
-        hits, num_texts = [], 0
-        for query in is_right[:, :41:text_step].any(dim=1).nonzero()[:, 0].tolist():
-            gallery = [(images[i], -1) for i in range(0, 40, image_step) if i != query]
-            gallery += [(texts[i], i) for i in range(0, 41, text_step)]
-            gallery.sort(key=lambda row: -float(images[query] @ row[0]))
-            shown = [i for _, i in gallery[:3] if i >= 0]
-            hits.append(bool(is_right[query, shown].any()))
-            num_texts += len(shown)
-        assert found[f"mixed_r10{kind}"] == pytest.approx(sum(hits) / len(hits))
-        assert found[f"mixed_text_share{kind}"] == pytest.approx(num_texts / 3 / len(hits))
-    gallery_means = images.mean(dim=0), texts[:41].mean(dim=0)
-    for ending, pair in (("_without_means", means), ("_without_gallery_means", gallery_means)):
-        less = (normalize(x - y, dim=-1) for x, y in zip((images, texts), pair, strict=True))
-        expected = interchange.gallery_numbers(*less, matches, None)
-        assert found["mixed_r10" + ending] == pytest.approx(expected["mixed_r10"])
+STEPS = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
 
 
 def test_one_index_agrees_with_loops(monkeypatch):
@@ -44,39 +20,45 @@ def test_one_index_agrees_with_loops(monkeypatch):
     monkeypatch.setattr(interchange, "STRIP", 7)
     monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
     images = normalize(torch.randn(40, 4), dim=-1)
-    texts = normalize(torch.randn(25, 4) + 1, dim=-1)
-    # Two images of each of 19 texts, two images without a text, six texts without an image.
-    is_right = torch.zeros(40, 25).bool()
-    is_right[torch.arange(38), torch.arange(38) % 19] = True
-    matches = csr_array(is_right.numpy())
+    texts = normalize(torch.randn(45, 4) + 1, dim=-1)
+    # Image i has texts i and i + 1, but the last two have none. Five texts belong to no image.
+    is_right = (torch.eye(40, 45) + torch.eye(40, 45).roll(1, dims=1)).bool()
+    is_right[38:] = False
+    shown = [i for i in range(45) if is_right[:, i].any()]
     means = tuple(torch.randn(2, 4) / 2)
-    found = interchange.one_index_numbers(images, texts, matches, means)
-    assert found["mixed_r10"] == pytest.approx(
-        interchange.gallery_numbers(images, texts, matches, None)["mixed_r10"]
-    )
-    for ending, (of_images, of_texts) in (("", (0, 0)), ("_without_means", means)):
-        x, y = normalize(images - of_images, dim=-1), normalize(texts - of_texts, dim=-1)
-        shown = [j for j in range(25) if is_right[:, j].any()]
-        towers = {"image": (x, range(40)), "text": (y, shown)}
-        for name, own, other in (("mixed", "image", "text"), ("mixed_text_query", "text", "image")):
-            for standardized in (False, True):
-                hits = []
-                for query in towers[own][1]:
-                    right = is_right[query] if own == "image" else is_right[:, query]
-                    if not right.any():
-                        continue
-                    answers = []
-                    for kind, (features, rows) in towers.items():
-                        kept = [row for row in rows if (kind, row) != (own, query)]
-                        scores = [float(towers[own][0][query] @ features[row]) for row in kept]
-                        if standardized:
-                            centre, spread = fmean(scores), pstdev(scores)
-                            scores = [(score - centre) / spread for score in scores]
-                        answers += zip(scores, [kind] * len(kept), kept, strict=True)
-                    best = sorted(answers, reverse=True)[:3]
-                    hits.append(any(kind == other and right[row] for _, kind, row in best))
-                key = f"{name}_r10{'_standardized' * standardized}{ending}"
+    found = interchange.one_index_numbers(images, texts, csr_array(is_right.numpy()), means)
+    subtracted = {
+        "": (0, 0),
+        "_without_means": means,
+        "_without_gallery_means": (images.mean(dim=0), texts[shown].mean(dim=0)),
+    }
+    for (ending, less), (kind, steps), own in product(subtracted.items(), STEPS.items(), (0, 1)):
+        towers = [normalize(x - y, dim=-1) for x, y in zip((images, texts), less, strict=True)]
+        index = [range(40)[:: steps[0]], shown[:: steps[1]]]
+        right = is_right.T if own else is_right
+        for standardized in (False, True):
+            hits, num_texts = [], 0
+            for query in (range(40), shown)[own]:
+                if not right[query, index[1 - own]].any():
+                    continue
+                answers = []
+                for tower in (0, 1):
+                    kept = [row for row in index[tower] if (tower, row) != (own, query)]
+                    scores = [float(towers[own][query] @ towers[tower][row]) for row in kept]
+                    if standardized:
+                        centre, spread = fmean(scores), pstdev(scores)
+                        scores = [(score - centre) / spread for score in scores]
+                    answers += zip(scores, [tower] * len(kept), kept, strict=True)
+                best = sorted(answers, reverse=True)[:3]
+                hits.append(any(tower != own and right[query, row] for _, tower, row in best))
+                num_texts += sum(tower for _, tower, _ in best)
+            name = f"{kind}{'_standardized' * standardized}{ending}"
+            key = f"mixed{'_text_query' * own}_r10{name}"
+            assert (key in found) == (not kind or not (own or standardized))
+            if key in found:
                 assert found[key] == pytest.approx(fmean(hits)), key
+            if key in found and not (own or standardized):
+                assert found[f"mixed_text_share{name}"] == pytest.approx(num_texts / 3 / len(hits))
 
 
 def test_shared_neighbours_are_those_by_hand(monkeypatch):
