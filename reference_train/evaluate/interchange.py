@@ -128,7 +128,7 @@ def one_index_answers(
         scores = [queries[rows] @ gallery.T for gallery in (queries, others)]
         scores[0][torch.arange(len(rows)), rows] = torch.nan
         joined = torch.cat([standardize(x) for x in scores] if is_standardized else scores, dim=1)
-        joined = joined.where(is_shown, torch.nan).nan_to_num(nan=-torch.inf)
+        joined.nan_to_num_(nan=-torch.inf).masked_fill_(~is_shown, -torch.inf)
         found.append(joined.topk(k).indices - len(queries))
     asked = is_right[:, is_shown[len(queries) :].numpy()].sum(axis=1).nonzero()[0]
     answers = torch.cat(found)[asked]

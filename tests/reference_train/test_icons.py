@@ -133,12 +133,12 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
             icons.main(f"--out {tmp_path}/out".split())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
-    icons.main(f"--out {tmp_path}/some --limit 1".split())
+    icons.main(f"--out {tmp_path}/some --part 0 1".split())
     found = samples(tmp_path / "some")
     assert len(found) == 1
     assert found.items() <= samples(built).items()
     with pytest.raises(UsageError, match="already exists"):
-        icons.main(f"--out {tmp_path}/some --limit 1".split())
+        icons.main(f"--out {tmp_path}/some".split())
 
 
 def test_a_part_has_all_held_out_icons_and_other_training_icons(
@@ -153,7 +153,7 @@ def test_a_part_has_all_held_out_icons_and_other_training_icons(
 
     monkeypatch.setattr(icons, "distinct_pictures", draw_nothing)
     for first, last in ((0, 3), (3, 6)):
-        icons.build(package, tmp_path, None, (first, last))
+        icons.build(package, tmp_path, (first, last))
     (held_out, first), (again, second) = (
         [
             [icon.key for icon in part if icon_sets.is_held_out(icon.name) == is_held_out]

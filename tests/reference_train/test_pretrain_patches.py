@@ -131,24 +131,6 @@ def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(pretrain, da
     assert "Start epoch" not in caplog.text
 
 
-def test_held_out_pairs_that_become_unreadable_end_no_run_and_choose_no_epoch(
-    pretrain, data, tmp_path, monkeypatch, caplog
-):
-    """One pair in the first epoch, all in the second."""
-    val, train = data / "val-00000.tar", command.trainer.train_one_epoch
-
-    def damage_and_train(*args, **options):
-        val.write_bytes(b"") if "Unreadable" in caplog.text else break_picture(val)
-        train(*args, **options)
-
-    monkeypatch.setattr(command.trainer, "train_one_epoch", damage_and_train)
-    pretrain("--workers 0 --epochs 2")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert torch.load(checkpoints / "epoch_latest.pt")["epoch"] == 2
-    assert not (checkpoints / patches.BEST).exists()
-    assert caplog.text.count("Unreadable held-out pairs or shards: 1; no best") == 2
-
-
 def test_a_run_trains_where_processes_get_their_objects_sent(pretrain, data, tmp_path):
     """So they are on macOS, which spawns them, and from Python 3.14 on elsewhere."""
     method = multiprocessing.get_start_method()
