@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.evaluate import evaluate as command
 from reference_train.evaluate import metrics, records
+from reference_train.evaluate.checkpoints import Checkpoint
 from reference_train.evaluate.datasets import Classes, Dataset, Images
 from reference_train.evaluate.records import read_evaluation
 
@@ -124,6 +126,13 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(run_
     found = result["results"]["tiny"]
     assert set(found) == {"flickr8k", "icons", "own", "emoji"}
     assert {"top1", "consistency_1"} <= set(found["own"]["numbers"])
+    sizes = result["data_sets"]
+    found_sizes = sizes["flickr8k"]["captions"], sizes["own"]["train_images"], sizes["own"]["images"]
+    assert found_sizes == (24, 2, 2)
+    assert sizes["icons"]["classes"] == {"class": 10}
+    table = (tmp_path / "out" / "table.md").read_text()
+    for row, chance, queries in ("image_to_text", "4.2", 12), ("text_to_image", "8.3", 24):
+        assert re.search(rf"\| {row}_r1 \|.*\| {chance[0]}\.\d+ \| {queries} \|", table)
     tops = [numbers["top1"] for numbers in found["emoji"]["groups"].values()]
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(sum(tops) / 3)
 
@@ -145,6 +154,13 @@ def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_pat
     shard.unlink()
     numbers = evaluate(tmp_path / "second", options)["results"]["tiny"]["x"]["numbers"]
     assert (numbers["mixed_text_share"], "mixed_r10_without_means" in numbers) == (share, False)
+
+
+def test_means_are_of_up_to_eight_shards_from_first_to_last(tmp_path):
+    for i in range(16):
+        write_samples(tmp_path / f"{i}.tar", [{"png": b"", "txt": b"%d" % i}])
+    run = Checkpoint("", "", None, parameters={"train_data": f"{tmp_path}/{{0..15}}.tar"})
+    assert command.training_pairs(run)[1] == [str(i) for i in range(0, 16, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +237,9 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     assert measured == [2, 2, 24]
     monkeypatch.setattr(records, "version", lambda package: f"{package} 99")
     monkeypatch.setattr(records, "PACKAGES", ("torch",))
-    with pytest.raises(UsageError, match="linear_probe = False; this command asks for True"):
-        again("--linear-probe")
+    for flags, kept in ("--linear-probe", "linear_probe = False"), ("--precision amp", "= fp32"):
+        with pytest.raises(UsageError, match=f"{kept}; this command asks for"):
+            again(flags)
     result, found = again()
     assert found == [2, 24]
     assert set(result["results"]["tiny"]) == {"flickr8k", "x", "emoji"}
@@ -253,5 +270,7 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     assert again()[1] == [24]
     os.utime(run / "checkpoints" / "epoch_2.pt")  # as if it had been trained on
     capsys.readouterr()
-    assert again("--only x")[1] == [2]
+    result, found = again("--only x")
+    assert found == [2]
+    assert "--only x" in result["command"]
     assert "tiny: measuring again: earlier results came from" in capsys.readouterr().err

@@ -19,7 +19,9 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path):
     (tmp_path / "empty").mkdir()
     assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
     (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n\n")
-    assert open_folders(tmp_path, "x").classes[""].names == ["own 0", "own 1", "own 2"]
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n{c} b\n")
+    found = open_folders(tmp_path, "x").classes[""]
+    assert (found.names, found.templates) == (["own 0", "own 1", "own 2"], ["a {}", "{} b"])
     for text, message in (
         ("own 0\n", r"3 classes, classnames\.txt has 1"),
         ("own 0\n \nown 1\n", r"classnames\.txt: line 2 is blank"),
@@ -27,6 +29,17 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path):
         (tmp_path / "classnames.txt").write_text(text)
         with pytest.raises(Unusable, match=message):
             open_folders(tmp_path, "x")
+
+
+@pytest.mark.parametrize("split", ["test", "val", "validation"])
+def test_images_of_a_folder_are_those_of_its_test_or_validation(split, tmp_path):
+    for part, classes in (split, "ab"), ("train", "ab"), ("other", "c"):
+        write_image_folder(tmp_path / part, classes)
+    found = open_folders(tmp_path, "x")
+    assert (len(found.images), len(found.train[0])) == (2, 2)
+    (tmp_path / "train" / "b").rename(tmp_path / "train" / "c")
+    with pytest.raises(Unusable, match="train has 2 classes, not those of"):
+        open_folders(tmp_path, "x")
 
 
 def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path):

@@ -4,6 +4,7 @@ import faulthandler
 import hashlib
 import json
 import sys
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -41,6 +42,7 @@ DRAWINGS = {
     "red-box": square(14, "#ff0000"),
     "nothing-but-red": {"body": '<rect width="24" height="24" fill="red"/>'},
     "brand-x": square(15),
+    "unseen": {**square(7), "hidden": True},
     "wide": {**square(9), "width": 32},
     "crash": CRASH,
     "endless": ENDLESS,
@@ -99,7 +101,9 @@ def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_f
         assert ("alarm-clock-outline" in drawn) != (other in drawn)
     assert drawn & DRAWINGS.keys() >= {"traffic-light", "red-box", "wide"}
     left_out = {"nothing", "nothing-but-red", "broken", "crash", "endless", "file", "12", "brand-x"}
-    assert not drawn & left_out
+    assert not drawn & {*left_out, "unseen"}
+    about = {"title": "Plain Icons", "author": {"name": "Somebody"}, "licence": "MIT"}
+    assert manifest["sets"]["plain"] == about
     assert sum(manifest["pairs"].values()) == len(samples(built))
     assert manifest["sha256"] == hashlib.sha256(package.read_bytes()).hexdigest()
     sizes = json.loads((built / "sizes.json").read_text())
@@ -134,6 +138,8 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
     icons.main(f"--out {tmp_path}/some --part 0 1".split())
+    manifest = json.loads((tmp_path / "some" / "manifest.json").read_text())
+    assert manifest["package"] == package.as_uri()
     found = samples(tmp_path / "some")
     assert len(found) == 1
     assert found.items() <= samples(built).items()
@@ -179,3 +185,16 @@ def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_o
         picture = decode(icon_sets.draw(icon_sets.Icon(key, "", "", "", "", svg)).png, 64)
         for place, colour in zip((20, 60), expected, strict=True):
             assert picture[:, place, place].tolist() == (255 * colour).round().tolist()
+        svg = icon_sets.square_svg({**drawing, "hFlip": True})
+        flipped = decode(icon_sets.draw(icon_sets.Icon(key, "", "", "", "", svg)).png, 64)
+        assert (flipped[:, :, ::-1] == picture).all()
+
+
+def test_a_name_has_up_to_40_pictures_to_train_on_and_one_held_out(package, tmp_path, monkeypatch):
+    def fifty(_):
+        for i, name in product(range(50), ("cat", "dog")):
+            yield icon_sets.Icon(f"{name}{i}", "plain", name, "", "", ""), b""
+
+    monkeypatch.setattr(icons, "distinct_pictures", fifty)
+    monkeypatch.setattr(icons, "is_held_out", "cat".__eq__)
+    assert icons.build(package, tmp_path, None)["pairs"] == {"train": 40, "val": 1}

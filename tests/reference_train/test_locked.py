@@ -1,14 +1,17 @@
 """The experiment on a locked image tower, on a few pictures of noise, with the real tower."""
 
+import os
+
 import pytest
 import torch
-from miniature import make_shards
+from miniature import make_shards, picture, write_samples
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -r reference_train/...")
 
 from reference_train import __main__ as cli
 from reference_train import locked
 from reference_train.command_line import UsageError
+from reference_train.data.emoji import read_emoji
 from reference_train.evaluate import records
 
 
@@ -53,6 +56,9 @@ def test_a_record_is_continued_and_refuses_other_settings(shards, trained, tmp_p
     ):
         with pytest.raises(UsageError, match=why):
             compare(shards, tmp_path / "runs", *change)
+    os.utime(shards / "train-00000.tar", (0, 0))  # other images, perhaps
+    with pytest.raises(UsageError, match="training_pairs = "):
+        compare(shards, tmp_path / "runs", *short)
     # A run of its own has the numbers of the one that followed others.
     alone = compare(shards, tmp_path / "alone", *short[:2], "--settings", "strong", "--seeds", 6)
     assert alone["results"]["strong-6"] == second["results"]["strong-6"]
@@ -87,6 +93,45 @@ def test_strong_penalties_rise_over_a_fifth_of_the_steps(shards, tmp_path, monke
     *_, strong, inmodal = (seen[i : i + 10] for i in range(0, len(seen), 10))
     assert strong == [(0.125, 0.125, 128), *[(0.25, 0.25, 128)] * 9]
     assert inmodal == [(0.25, 0, 32)] * 10
+    others = "recommended", "crossmodal", "strong-inmodal"
+    compare(shards, tmp_path / "one", "--steps", 1, "--settings", *others, "--seeds", 5)
+    assert seen[-3:] == [(0.25, 0.25, 32), (0, 0.25, 32), (0.25, 0, 128)]
+
+
+def test_an_epoch_has_each_pair_once_and_the_next_another_order():
+    batch = locked.shuffled(torch.arange(9), [*"abcdefghi"], lambda x: torch.arange(9), 4, 0)
+    first, second, third = (batch(step)[0] for step in range(3))
+    assert len({*first.tolist(), *second.tolist()}) == 8
+    assert first.tolist() != third.tolist()
+    assert torch.equal(batch(1)[1][0], second)
+
+
+def test_emoji_and_products_are_validated_and_tested_on_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(locked, "tower_features", lambda images, _: images)
+    parts = "products/train-0", "products/test/0", "products-validation/test/0"
+    for number, part in enumerate(parts):
+        pair = {"png": picture(number), "txt": part.encode()}
+        write_samples(tmp_path / f"{part}.tar", [pair])
+    found = locked.products(tmp_path, tmp_path)
+    texts = found.captions, found.tests["products"].captions[0], found.validation.captions[0]
+    assert [text for [text] in texts] == [*parts]
+    shipped = read_emoji()
+    found = locked.emoji(tmp_path, tmp_path)
+    split = {concept.name: concept.split for concept in shipped.concepts}
+    assert {split[text] for text in found.captions} == {"train"}
+    assert {split[text] for [text] in found.validation.captions} == {"validation"}
+    assert [*found.tests] == ["new concepts, trained styles", "new concepts, new styles"]
+    for data in found.tests.values():
+        assert {split[text] for text in data.classes[""].names} == {"test"}
+    # The images of a batch are those of its captions.
+    tokens = {text: i for i, text in enumerate(found.captions)}
+    images, captions = found.batches(
+        lambda texts: torch.tensor([[tokens.get(text, -1)] for text in texts]), 64, 0
+    )(0)
+    for image, token in zip(images, captions[0, :, 0].tolist(), strict=True):
+        name = found.captions[token]
+        own = [i for i, text in enumerate(found.captions) if text == name]
+        assert token < 0 or (found.images.places[own] == image).flatten(1).all(dim=1).any()
 
 
 def test_features_are_those_of_the_tower_and_are_kept_whole(shards, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from miniature import picture
 
 from reference_train.command_line import RunFailed
 from reference_train.data import photos
-from reference_train.data.samples import read_samples
+from reference_train.data.samples import decode, read_samples
 from reference_train.evaluate.datasets import find
 
 
@@ -79,6 +79,10 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
         "tiny-imagenet/test/%d.tar": 1,
         "tiny-imagenet/train-%05d.tar": 12,
     }
+    # The pictures have 24 by 20 pixels, and get white margins.
+    product = decode(next(read_samples([str(out / "products" / "test" / "0.tar")])).image, 64)
+    assert (product[:, 8].min(), product[:, :, 8].min()) > (250, 250)
+    assert product[:, 23:41, 21:43].mean() < 230
     train, test = (
         {sample.caption for sample in read_samples([str(out / "products" / name)])}
         for name in ("train-00000.tar", "test/0.tar")
@@ -91,6 +95,13 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
     ):
         assert find([out])[name]().classes[""].names == [new_class]
     assert "skipped" not in capsys.readouterr().err
+
+
+def test_a_share_of_the_names_is_chosen_in_whatever_order_they_come():
+    names = [*map(str, range(100))]
+    chosen = photos.choose(names, 0.17)
+    assert len(chosen) == 17
+    assert photos.choose(names[::-1], 0.17) == chosen != {*names[:17]}
 
 
 def test_a_clone_without_the_commit_or_a_picture_is_refused(clones, tmp_path):

@@ -103,6 +103,16 @@ def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters):
         patches.watch(Namespace(dataloader=loader), Namespace(seed=0, rank=0), True)
 
 
+def test_ranks_shuffle_in_their_own_orders():
+    draws = set()
+    for rank in (0, 1):
+        filters = [tarfile_to_samples_nothrow, wds.shuffle(1)]
+        loader = Namespace(pipeline=[Namespace(dataset=Namespace(pipeline=filters))])
+        patches.watch(Namespace(dataloader=loader), Namespace(seed=0, rank=rank), True)
+        draws.add(filters[1].kw["rng"].random())
+    assert len(draws) == 2
+
+
 def test_a_worker_without_a_batch_is_an_error_after_its_first_pass(pretrain, data):
     """If the number of pairs is not known before that."""
     (data / "sizes.json").unlink()
