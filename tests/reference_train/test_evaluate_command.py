@@ -256,7 +256,6 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
         (zeros, {}),
         (ones, {}),
         (ones, {"train": zeros}),
-        (ones, {"train": ones}),
         (ones, {"train": ones[::-1]}),
     ):
         write_set(tmp_path / "wds_x", {"test": test, **train}, classnames=TEN_CLASSES)

@@ -144,11 +144,9 @@ def test_features_are_those_of_the_tower_and_are_kept_whole(shards, tmp_path, mo
     assert head.abs().max() < 1e-3
     monkeypatch.setattr(locked, "read_batch", None)  # nothing is read again
     assert locked.tower_features(images, tmp_path).places.equal(found)
-    others = locked.TarImages([shards / "train-00000.tar"])
-    for folder in (tmp_path, tmp_path / "new"):
-        with pytest.raises(TypeError):
-            locked.tower_features(others, folder)
-        assert len([*folder.glob("*.npy")]) == (folder == tmp_path)
+    with pytest.raises(TypeError):
+        locked.tower_features(locked.TarImages([shards / "train-00000.tar"]), tmp_path)
+    assert len([*tmp_path.iterdir()]) == 1
 
 
 def test_unknown_words_are_no_tokens():

@@ -15,7 +15,7 @@ from open_clip_train.data import tarfile_to_samples_nothrow
 from torch import nn
 
 from reference_train.command_line import RunFailed, UsageError
-from reference_train.files import atomic_write, write_text
+from reference_train.files import write_text
 from reference_train.pretrain import patches
 from reference_train.pretrain import pretrain as command
 
@@ -170,12 +170,3 @@ def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.glob("*x*"))
-
-
-def test_a_file_that_a_killed_process_left_is_replaced(tmp_path, monkeypatch):
-    with atomic_write(tmp_path / "x") as temporary:
-        temporary.touch()
-    temporary.touch()  # it was killed before it could rename the file
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    write_text("", tmp_path / "x")
-    assert os.listdir(tmp_path) == ["x"]

@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from pages import blocks
-from processes import run_forked
 
 from cyclip_loss.options import PRESETS
 from reference_train import runs
@@ -182,36 +180,3 @@ def test_a_run_refuses_other_data_and_a_damaged_checkpoint(finished, pretrain, d
     os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
     with pytest.raises(UsageError, match=r"epoch_latest.pt was not loaded: truncated, or "):
         pretrain("--workers 0")
-
-
-# `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.
-KILLED = """
-import os, runpy, signal, sys
-from pathlib import Path
-
-results, replace = Path(sys.argv.pop(1)), os.replace
-
-def replace_or_die(source, target):
-    epochs = len(results.read_text().splitlines()) if results.exists() else 0
-    if Path(target).name == "epoch_latest.pt" and epochs == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = replace_or_die
-runpy.run_module("reference_train", run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_and_finishes(words, pretrain, tmp_path):
-    checkpoints = tmp_path / "run" / "checkpoints"
-    # Its workers would outlive the killed process.
-    argv = words("--epochs 3 --workers 0", "--loss siglip")
-    file = str(checkpoints / "results.jsonl")
-    killed = run_forked(KILLED, file, "pretrain", *argv, cwd=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stdout
-    assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
-    assert "Loss: SigLipLoss(" in (tmp_path / "run" / "out.log").read_text()
-    pretrain("--epochs 3", "--loss siglip")
-    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
-    assert list(checkpoints.glob(".*")) == []
