@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
 def build(archive: Path, out: Path, places: tuple[int, int] | None) -> dict[str, Any]:
     """Writes the shards and sizes.json into `out`. Returns their entries in the manifest.
 
-    places: None: draw all icons. Else draw all held-out icons and, of the others in their random order, those from A to B.
+    places: None: draw all icons. Else draw all held-out icons and, of the others in their random
+    order, those from A to B.
     """
     sets, icons = read_sets(archive)
     if places:

@@ -37,7 +37,7 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, mo
     checkpoints = tmp_path / "a" / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints.parent / "params.txt").write_text("model: RN50\n")
-    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_latest.pt", "best.pt"):
+    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_latest.pt", "epoch.best.pt", "best.pt"):
         (checkpoints / name).touch()
         for folder in (checkpoints.parent, checkpoints):
             assert checkpoint_file(folder) == checkpoints / name
@@ -61,7 +61,8 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
     save_file(model.state_dict(), file)
     (tmp_path / "params.txt").write_text(
         "model: evaluate-tiny\nimage_mean: [0.5, 0.0, 0.0]\nimage_std: [0.5, 1.0, 2.0]\n"
-        "image_resize_mode: squash\nimage_interpolation: bilinear\nforce_context_length: 9\nsiglip: True\n"
+        "image_resize_mode: squash\nimage_interpolation: bilinear\n"
+        "force_context_length: 9\nsiglip: True\n"
     )
     clip = load(*find_checkpoints([file], None, None), CPU)
     pixels = clip.preprocess(Image.new("RGB", (64, 32), "white"))

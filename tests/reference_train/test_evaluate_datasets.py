@@ -58,6 +58,23 @@ def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path):
         open_folders(tmp_path / "v2", "imagenet-x")
 
 
+@pytest.mark.parametrize(
+    ("samples", "names", "message"),
+    [
+        ([], "", "no images"),
+        ([IMAGE], "", "have neither .cls nor .txt"),
+        ([IMAGE | LABEL], "", r"no .*classnames\.txt"),
+        ([IMAGE | LABEL], "a\nb", "labels from 9 to 9, but 2 class names"),
+        ([IMAGE | TEXT, IMAGE, IMAGE], "", "2 of 3 samples have no .txt"),
+        ([IMAGE | {"txt": b" "}], "", "images without a caption"),
+    ],
+)
+def test_samples_that_cannot_be_evaluated_are_refused(samples, names, message, tmp_path):
+    write_set(tmp_path, {"test": samples}, classnames=names)
+    with pytest.raises(Unusable, match=message):
+        open_tars(tmp_path, "x")
+
+
 def test_imagenets_class_names_in_another_order_are_refused(tmp_path):
     """Otherwise each class would have a wrong superclass, and no number would show it."""
     names = [NAMES[number] for number in datasets.imagenet_classes("imagenet-a", ["?"] * 200)]

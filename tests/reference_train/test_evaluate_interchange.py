@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 from reference_train.evaluate import interchange
 
-
 STEPS = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
 
 

@@ -77,6 +77,15 @@ def test_published_numbers_are_hidden_if_ours_are_of_other_images(
 ):
     shown = paper.published(name, {"images": images, "train_images": train_images})
     assert {heading.partition(", ")[2] for heading in shown.get(metric, {})} == sources
+    table = pd.read_csv(Path(paper.__file__).with_name("published.csv"), dtype=str)
+    for source in sources:
+        [row] = (
+            table[(table["source"] == source) & (table["metric"] == metric)]
+            .query("data_set == @name")
+            .to_dict("records")
+        )
+        for model, title in ("clip", "CLIP"), ("cyclip", "CyCLIP"):
+            assert shown[metric][f"{title}, {source}"] == f"{row[model]} {row['mark']}"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ DRAWINGS = {
     "nothing-but-red": {"body": '<rect width="24" height="24" fill="red"/>'},
     "brand-x": square(15),
     "unseen": {**square(7), "hidden": True},
+    "of-a-firm": square(6),
     "wide": {**square(9), "width": 32},
     "crash": CRASH,
     "endless": ENDLESS,
@@ -68,6 +69,7 @@ def package(tmp_path_factory):
     files = {"collections": {name: info for name, (info, _) in SETS.items()}}
     for name, (_, drawings) in SETS.items():
         files[f"json/{name}"] = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
+    files["json/plain"]["categories"] = {"Brands": ["of-a-firm"], "RedThings": ["red-box"]}
     content = {f"package/{name}.json": json.dumps(files[name]).encode() for name in files}
     return write_tar(tmp_path_factory.mktemp("icons") / "icons.tgz", content, "w:gz")
 
@@ -101,7 +103,7 @@ def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_f
         assert ("alarm-clock-outline" in drawn) != (other in drawn)
     assert drawn & DRAWINGS.keys() >= {"traffic-light", "red-box", "wide"}
     left_out = {"nothing", "nothing-but-red", "broken", "crash", "endless", "file", "12", "brand-x"}
-    assert not drawn & {*left_out, "unseen"}
+    assert not drawn & {*left_out, "unseen", "of-a-firm"}
     about = {"title": "Plain Icons", "author": {"name": "Somebody"}, "licence": "MIT"}
     assert manifest["sets"]["plain"] == about
     assert sum(manifest["pairs"].values()) == len(samples(built))
@@ -188,6 +190,20 @@ def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_o
         svg = icon_sets.square_svg({**drawing, "hFlip": True})
         flipped = decode(icon_sets.draw(icon_sets.Icon(key, "", "", "", "", svg)).png, 64)
         assert (flipped[:, :, ::-1] == picture).all()
+
+
+def test_colours_and_captions_have_the_shares_that_are_said():
+    colours = [icon_sets.colours(Random(i)) for i in range(4000)]
+    black, white = (sum(x[i].tolist() == [i] * 3 for x in colours) / 4000 for i in (0, 1))
+    assert (black, white) == pytest.approx((0.5, 0.7), abs=0.03)
+    plain = icon_sets.Icon("", "s", "cat", "", "", "")
+    full = plain._replace(style="bold", group="pets")
+    bare, told = (
+        {icon_sets.caption(icon, "Set", Random(i)) for i in range(200)} for icon in (plain, full)
+    )
+    assert bare == {text for text in told if "bold" not in text and "pets" not in text}
+    assert told - bare == {"cat, bold", "cat, pets"}
+    assert {"cat", "a drawing of cat", "cat icon, Set"} <= bare
 
 
 def test_a_name_has_up_to_40_pictures_to_train_on_and_one_held_out(package, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 from miniature import make_shards, picture, write_samples
+from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -r reference_train/...")
 
@@ -70,13 +72,15 @@ def test_the_learning_rate_is_clips_best_in_the_validation_part(
 ):
     def recall(clip, data):
         assert len(data.images) == 8  # the last shard
-        score = -abs(trained[-1].lr - peak)
-        return {"image_to_text_r10": score, "text_to_image_r10": score}
+        rate = trained[-1].lr
+        score = -abs(rate - peak)  # the mean of both directions
+        return {"image_to_text_r10": score + 9 * rate, "text_to_image_r10": score - 9 * rate}
 
     monkeypatch.setattr(locked, "validation_recall", recall)
     compare(shards, tmp_path, "--steps", 1, "--settings", "recommended", "--seeds", 5)
     *grid, run = trained
-    assert {config.setting for config in grid} == {"clip"}
+    assert {(config.setting, config.seed) for config in grid} == {("clip", 0)}
+    assert {config.lr for config in grid} >= {1e-3, 2e-3, 4e-3}
     assert run.lr == pytest.approx(peak)
     assert min(c.lr for c in grid) < run.lr < max(c.lr for c in grid)
 
@@ -147,6 +151,14 @@ def test_features_are_those_of_the_tower_and_are_kept_whole(shards, tmp_path, mo
     with pytest.raises(TypeError):
         locked.tower_features(locked.TarImages([shards / "train-00000.tar"]), tmp_path)
     assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_the_tower_gets_pictures_as_in_its_training():
+    white = locked.preprocess(Image.new("RGB", (64, 64), "white"))
+    weights = ResNet18_Weights.DEFAULT.transforms()  # ImageNet's mean and deviation
+    expected = [(1 - mean) / std for mean, std in zip(weights.mean, weights.std, strict=True)]
+    assert white.shape == (3, 96, 96)
+    assert white.mean(dim=(1, 2)).tolist() == pytest.approx(expected)
 
 
 def test_unknown_words_are_no_tokens():

@@ -29,6 +29,8 @@ TYPES = ["Hat" if i < 33 else "Shoe" for i in range(60)]
 TITLES = [f"{kind} {i % 9}" for i, kind in enumerate(TYPES)]
 TITLES[40] = "hat 5"
 TITLES[57] = ""
+TITLES[34] = "Shoe  7 "
+TYPES[59] = "Bag"  # of a type of which there are so few, no part is made
 WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
 
 
@@ -63,7 +65,8 @@ def clones(tmp_path, monkeypatch):
 
 
 def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
+    shares = []
+    monkeypatch.setattr(photos, "choose", lambda *given: shares.append(given[1]) or {min(given[0])})
     # Of the shoes, 34 and 35 and those with their titles are for the test, 36 for validation.
     monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
     out = tmp_path / "out"
@@ -79,6 +82,7 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
         "tiny-imagenet/test/%d.tar": 1,
         "tiny-imagenet/train-%05d.tar": 12,
     }
+    assert shares == [0.17, 0.2]
     # The pictures have 24 by 20 pixels, and get white margins.
     product = decode(next(read_samples([str(out / "products" / "test" / "0.tar")])).image, 64)
     assert (product[:, 8].min(), product[:, :, 8].min()) > (250, 250)

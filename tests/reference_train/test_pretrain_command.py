@@ -73,9 +73,11 @@ def test_presets_are_those_of_the_page_and_of_commands_elsewhere(dry_run):
         assert args.model in (model, "icons-rn-32")
         if preset in COMMANDS:
             file, pattern = COMMANDS[preset]
-            flags = shlex.split(re.search(pattern, (ROOT / file).read_text())[0].replace("\\\n", ""))
+            flags = shlex.split(
+                re.search(pattern, (ROOT / file).read_text())[0].replace("\\\n", "")
+            )
             told = vars(command.trainer.parse_args(open_clip_train.parse(flags)[1]))
-            for name in "lr wd beta1 beta2 eps warmup train_num_samples".split():
+            for name in ["lr", "wd", "beta1", "beta2", "eps", "warmup", "train_num_samples"]:
                 assert told[name] in (None, vars(args)[name])
             assert args.aug_cfg.items() <= told["aug_cfg"].items()
 

@@ -21,7 +21,7 @@ COMPARED = """
 lr lr_scheduler lr_cooldown_end wd beta1 beta2 eps opt warmup batch_size accum_freq precision model
 force_quick_gelu pretrained lock_image seed aug_cfg image_mean grad_clip_norm train_num_samples
 train_shards val_shards dataset_resampled siglip same_captions
-""".split()
+"""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
         resume_run(ours="--loss math:dist")
     with pytest.raises(UsageError, match=r"begun with lambda_inmodal = 0.0, not 0.25: choose"):
         resume_run(ours="--loss cyclip")
-    for name in COMPARED:
+    for name in COMPARED.split():
         with pytest.raises(UsageError, match=f"begun with {name} = x, not .*: choose another"):
             resume_run(**{name: "x"})
     with pytest.raises(UsageError, match="begun with epochs = 3, not 5"):  # it has finished one
