@@ -83,14 +83,14 @@ def feature_means(clip: Clip, images: Images, captions: list[str]) -> tuple[Tens
     if not captions:
         return None
     indices = sample_indices(len(captions), MEANS_OF)
-    image_features = F.normalize(clip.encode_images(images, indices, "training pairs"), dim=-1)
+    image_features = F.normalize(clip.encode_images(images, indices), dim=-1)
     text_features = clip.encode_texts([captions[i] for i in indices.tolist()])
     return image_features.mean(dim=0), text_features.mean(dim=0)
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
     """Encodes the images, the class names and the captions of a dataset."""
-    raw = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
+    raw = clip.encode_images(data.images, torch.arange(len(data.images)))
     class_features = {
         task: clip.encode_classes(classes.names, classes.templates)
         for task, classes in data.classes.items()
@@ -127,7 +127,7 @@ def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> Numbers
     images, labels = encoded.data.train
     gallery = sample_indices(len(images), GALLERY)
     wanted = torch.arange(len(images)) if linear_probe else gallery
-    features = clip.encode_images(images, wanted, "train")
+    features = clip.encode_images(images, wanted)
     probe = Numbers()
     if linear_probe:
         classes = encoded.data.classes[""]

@@ -38,7 +38,7 @@ def measure(images, data, texts, **options):
         means=None,
         encode_classes=lambda names, _: torch.stack([texts[name] for name in names]),
         encode_texts=lambda captions: torch.stack([texts[text] for text in captions]),
-        encode_images=lambda shown, indices, split: images[indices],
+        encode_images=lambda shown, indices: images[indices],
     )
     return metrics.measure(clip, data, **options)
 

@@ -14,6 +14,7 @@ from reference_train import __main__ as cli
 from reference_train import locked
 from reference_train.command_line import UsageError
 from reference_train.data.emoji import read_emoji
+from reference_train.demo.batches import EmojiBatches
 from reference_train.evaluate import records
 
 
@@ -127,15 +128,10 @@ def test_emoji_and_products_are_validated_and_tested_on_others(tmp_path, monkeyp
     assert [*found.tests] == ["new concepts, trained styles", "new concepts, new styles"]
     for data in found.tests.values():
         assert {split[text] for text in data.classes[""].names} == {"test"}
-    # The images of a batch are those of its captions.
-    tokens = {text: i for i, text in enumerate(found.captions)}
-    images, captions = found.batches(
-        lambda texts: torch.tensor([[tokens.get(text, -1)] for text in texts]), 64, 0
-    )(0)
-    for image, token in zip(images, captions[0, :, 0].tolist(), strict=True):
-        name = found.captions[token]
-        own = [i for i, text in enumerate(found.captions) if text == name]
-        assert token < 0 or (found.images.places[own] == image).flatten(1).all(dim=1).any()
+    # A batch has the features of the pictures that the demonstration would draw.
+    expected = EmojiBatches(shipped, locked.Tokenizer(found.captions), 64, 0).batch(3)
+    batch = found.batches(locked.Tokenizer(found.captions), 64, 0)(3)
+    assert all(map(torch.equal, batch, expected))
 
 
 def test_features_are_those_of_the_tower_and_are_kept_whole(shards, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 from itertools import product
-from unittest.mock import patch
 
 import pytest
 from miniature import write_tar
@@ -168,10 +167,8 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
     sizes = {f"train-{number:05}.tar": 9 + number for number in range(3)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     tars = "train-{00000..00003}.tar"
-    with patch.object(shards, "json", wraps=json) as reader:
-        args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
+    args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
     assert args.train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
-    assert reader.loads.call_count == 3  # each sizes.json once, and one *_stats.json
     for broken in ('{"train-00000.tar": null}', "[8", "8"):
         (data / "sizes.json").write_text(broken)
         with pytest.raises(UsageError, match=r"sizes\.json: no JSON file of numbers: "):
