@@ -1,6 +1,6 @@
 """The experiment on a locked image tower, on a few pictures of noise, with the real tower."""
 
-import os
+import shutil
 
 import pytest
 import torch
@@ -59,12 +59,14 @@ def test_a_record_is_continued_and_refuses_other_settings(shards, trained, tmp_p
     ):
         with pytest.raises(UsageError, match=why):
             compare(shards, tmp_path / "runs", *change)
-    os.utime(shards / "train-00000.tar", (0, 0))  # other images, perhaps
-    with pytest.raises(UsageError, match="training_pairs = "):
-        compare(shards, tmp_path / "runs", *short)
     # A run of its own has the numbers of the one that followed others.
     alone = compare(shards, tmp_path / "alone", *short[:2], "--settings", "strong", "--seeds", 6)
     assert alone["results"]["strong-6"] == second["results"]["strong-6"]
+    name = "train-00000.tar"
+    others = [{"png": picture(9 + i), "txt": f"{name} {i}".encode()} for i in range(8)]
+    write_samples(shutil.copytree(shards, tmp_path / "icons") / name, others)
+    with pytest.raises(UsageError, match="training_pairs = "):
+        compare(tmp_path / "icons", tmp_path / "runs", *short)
 
 
 @pytest.mark.parametrize("peak", [5e-4, 2e-3, 8e-3])

@@ -147,7 +147,8 @@ def test_a_finished_run_takes_more_epochs_and_data_that_moved(
     monkeypatch.chdir(data.rename(tmp_path / "moved"))
     pretrain("--epochs 2", data=".")
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
-    assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"best.pt", "epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "results.jsonl"}
 
 
 def test_a_run_records_the_commits_of_its_code(pretrain, tmp_path, monkeypatch):
