@@ -1,7 +1,6 @@
 """Mixed galleries, compared with loops; neighbours and heads of made-up features."""
 
 from itertools import product
-from statistics import fmean, pstdev
 
 import numpy as np
 import pytest
@@ -11,52 +10,56 @@ from torch.nn.functional import normalize
 
 from reference_train.evaluate import interchange
 
-STEPS = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
-
 
 def test_one_index_agrees_with_loops(monkeypatch):
     """Image and text queries, by cosine and by scores standardised by modality."""
     monkeypatch.setattr(interchange, "STRIP", 7)
-    images = normalize(torch.randn(40, 4), dim=-1)
-    texts = normalize(torch.randn(45, 4) + 1, dim=-1)
-    # Image i has texts i and i + 1, but the last two have none. Five texts belong to no image.
-    is_right = (torch.eye(40, 45) + torch.eye(40, 45).roll(1, dims=1)).bool()
-    is_right[38:] = False
-    shown = [i for i in range(45) if is_right[:, i].any()]
+    # Rows 0 to 39 are images, and the others texts. Image i has the texts 40 + i and 41 + i, but
+    # the last two images have none. Six texts belong to no image.
+    rows, is_right = torch.arange(85), torch.zeros(85, 85).bool()
+    is_right[rows[:38], rows[40:78]] = is_right[rows[:38], rows[41:79]] = True
+    matches, is_right = csr_array(is_right[:40, 40:].numpy()), is_right | is_right.T
+    is_text, is_tenth = rows >= 40, rows % 10 == 0
+    in_index = ~is_text | is_right.any(dim=1)
+    galleries = {
+        "": in_index,
+        "_tenth_of_texts": in_index & (~is_text | is_tenth),
+        "_tenth_of_images": in_index & (is_text | is_tenth),
+    }
+    images, texts = normalize(torch.randn(85, 4) + is_text[:, None], dim=-1).split([40, 45])
     means = tuple(torch.randn(2, 4) / 2)
-    found = interchange.one_index_numbers(images, texts, csr_array(is_right.numpy()), means)
     subtracted = {
         "": (0, 0),
         "_without_means": means,
-        "_without_gallery_means": (images.mean(dim=0), texts[shown].mean(dim=0)),
+        "_without_gallery_means": (images.mean(dim=0), texts[in_index[40:]].mean(dim=0)),
     }
-    for (ending, less), (kind, steps), own in product(subtracted.items(), STEPS.items(), (0, 1)):
-        towers = [normalize(x - y, dim=-1) for x, y in zip((images, texts), less, strict=True)]
-        index = [range(40)[:: steps[0]], shown[:: steps[1]]]
-        right = is_right.T if own else is_right
-        for standardized in (False, True):
-            hits, num_texts = [], 0
-            for query in (range(40), shown)[own]:
-                if not right[query, index[1 - own]].any():
-                    continue
-                answers = []
-                for tower in (0, 1):
-                    kept = [row for row in index[tower] if (tower, row) != (own, query)]
-                    scores = [float(towers[own][query] @ towers[tower][row]) for row in kept]
-                    if standardized:
-                        centre, spread = fmean(scores), pstdev(scores)
-                        scores = [(score - centre) / spread for score in scores]
-                    answers += zip(scores, [tower] * len(kept), kept, strict=True)
-                best = sorted(answers, reverse=True)[:10]
-                hits.append(any(tower != own and right[query, row] for _, tower, row in best))
-                num_texts += sum(tower for _, tower, _ in best)
-            name = f"{kind}{'_standardized' * standardized}{ending}"
-            key = f"mixed{'_text_query' * own}_r10{name}"
-            assert (key in found) == (not kind or not (own or standardized))
-            if key in found:
-                assert found[key] == pytest.approx(fmean(hits)), key
-            if key in found and not (own or standardized):
-                assert found[f"mixed_text_share{name}"] == pytest.approx(num_texts / 10 / len(hits))
+    found = interchange.one_index_numbers(images, texts, matches, means)
+    for (ending, less), (kind, gallery), of_text, standardized in product(
+        subtracted.items(), galleries.items(), (False, True), (False, True)
+    ):
+        name = f"{kind}{'_standardized' * standardized}{ending}"
+        key = f"mixed{'_text_query' * of_text}_r10{name}"
+        assert (key in found) == (not kind or not (of_text or standardized))
+        if key not in found:
+            continue
+        x = torch.cat(
+            [normalize(y - z, dim=-1) for y, z in zip((images, texts), less, strict=True)]
+        )
+        hits, shares = [], []
+        for query in (in_index & (is_text == of_text)).nonzero()[:, 0]:
+            others, scores = gallery & (rows != query), x @ x[query]
+            if not is_right[query, gallery].any():
+                continue
+            for side in (others & is_text, others & ~is_text) if standardized else ():
+                scores[side] -= scores[side].mean()
+                scores[side] /= scores[side].std(correction=0)
+            best = scores.where(others, -torch.inf).topk(10).indices
+            hits.append(is_right[query, best].any())
+            shares.append(is_text[best])
+        assert found[key] == pytest.approx(torch.stack(hits).float().mean().item()), key
+        if not (of_text or standardized):
+            share = torch.cat(shares).float().mean().item()
+            assert found[f"mixed_text_share{name}"] == pytest.approx(share)
 
 
 def test_shared_neighbours_are_those_by_hand(monkeypatch):
