@@ -33,25 +33,22 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def code_version() -> str | None:
-    """The commit of the code, and whether its files were changed: "HASH clean" or "HASH dirty".
+    """The commit of the code: "HASH", or "HASH dirty" if its files were changed.
 
     None if this folder and `cyclip_loss` are not files of one git repository.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
-    commands = (
-        # Fails if git ignores the code, which is then in an environment inside another repository.
-        ["ls-files", "--error-unmatch", __file__, cyclip_loss.__file__],
-        ["rev-parse", "HEAD"],
-        ["status", "--porcelain", "--untracked-files=no"],
-    )
+    # Fails if git ignores the code, which is then in an environment inside another repository.
+    tracked = ["ls-files", "--error-unmatch", __file__, cyclip_loss.__file__]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= dirty"]
     try:
-        _, commit, changes = (
+        _, version = (
             subprocess.check_output([*git, *command], stderr=subprocess.DEVNULL, text=True)
-            for command in commands
+            for command in (tracked, describe)
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{commit.strip()} {'dirty' if changes else 'clean'}"
+    return version.strip()
 
 
 def add_to_list(earlier: str, now: str) -> str:

@@ -41,7 +41,6 @@ def main(argv: Sequence[str]) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     text = "the file that `npm pack @iconify/json` downloads; default: it is downloaded"
     add("--package", type=Path, metavar="FILE", help=text)
-    add("--limit", type=at_least(1), metavar="N", help="draw N icons, picked at random")
     text = "draw all held-out icons and, of the others in their random order, those from A to B"
     add("--part", nargs=2, type=at_least(0), metavar=("A", "B"), help=text)
     arguments = parser.parse_args(argv)
@@ -52,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
                 torch.hub.download_url_to_file(URL, str(archive), SHA256)
             except Exception as error:  # without a network, of another file, ...
                 raise RunFailed(f"{URL} can't be downloaded: {first_line(error)}") from error
-        built = build(archive, folder, arguments.limit, arguments.part)
+        built = build(archive, folder, arguments.part)
         sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}
         text = json.dumps({**source, **built}, indent=1, default=str)
@@ -61,19 +60,16 @@ def main(argv: Sequence[str]) -> None:
     print(f"{arguments.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")
 
 
-def build(
-    archive: Path, out: Path, limit: int | None, places: tuple[int, int] | None = None
-) -> dict[str, Any]:
+def build(archive: Path, out: Path, places: tuple[int, int] | None) -> dict[str, Any]:
     """Writes the shards and sizes.json into `out`. Returns their entries in the manifest.
 
-    limit: how many icons to draw, picked at random; None: all.
-    places: draw all held-out icons and, of the others in their random order, those from A to B.
+    places: None: draw all icons. Else draw all held-out icons and, of the others in their random
+    order, those from A to B.
     """
     sets, icons = read_sets(archive)
     if places:
         others = [icon for icon in icons if not is_held_out(icon.name)]
         icons = [icon for icon in icons if is_held_out(icon.name)] + others[slice(*places)]
-    icons = icons[:limit]
     # Part -> name -> number of its pictures.
     names: dict[str, Counter[str]] = {part: Counter() for part in PICTURES_OF_A_NAME}
     sizes: Counter[str] = Counter()  # the number of pairs in each shard

@@ -174,11 +174,8 @@ class Clip:
         dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
-    def encode_images(self, images: Images, indices: Tensor, split: str) -> Tensor:
-        """(m, D) features, not normalised, float32, on the CPU.
-
-        indices: (m,), of the images. split: the name that the progress bar shows.
-        """
+    def encode_images(self, images: Images, indices: Tensor) -> Tensor:
+        """(m, D) features, not normalised, float32, on the CPU. indices: (m,), of the images."""
         loader: Any = DataLoader(
             indices.tolist(),  # type: ignore[arg-type]
             batch_size=self.batch_size,
@@ -187,7 +184,7 @@ class Clip:
             collate_fn=partial(read_batch, images, self.preprocess),
         )
         if self.progress:
-            loader = track(loader, f"{self.progress}, {split}, batches", len(loader))
+            loader = track(loader, f"{self.progress}, batches", len(loader))
         return self._encode(self.model.encode_image, loader)
 
     def encode_texts(self, texts: list[str]) -> Tensor:

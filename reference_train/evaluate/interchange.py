@@ -42,10 +42,9 @@ def numbers(
     labels: (n,).
     """
     texts_of_images = texts[own_texts(is_right)]
-    found = gallery_numbers(images, texts, is_right, means)
-    found |= one_index_numbers(images, texts, is_right, means)
+    found = one_index_numbers(images, texts, is_right, means)
     if captions is not None:
-        x, y = (neighbours(z, z, torch.arange(len(z))) for z in (images, texts_of_images))
+        x, y = (neighbours(z) for z in (images, texts_of_images))
         is_shared = (x[:, :, None] == y[:, None, :]).any(dim=2)
         found["shared_neighbours"] = is_shared.float().mean().item()
     if labels is not None and 2 <= len(labels.unique()) <= len(labels) // IMAGES_PER_CLASS:
@@ -65,30 +64,29 @@ def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
     return torch.cat([(strip @ gallery.T).topk(k).indices for strip in queries.split(STRIP)])
 
 
-def neighbours(queries: Tensor, features: Tensor, rows: Tensor) -> Tensor:
-    """The 10 nearest of these rows of features, (n, 10). Query i is row i, and not its own."""
-    found = rows[nearest(queries, features[rows], NEIGHBOURS + 1)]
-    is_itself = found == torch.arange(len(queries))[:, None]
+def neighbours(features: Tensor) -> Tensor:
+    """The 10 nearest other rows of each row of features, (n, 10)."""
+    found = nearest(features, features, NEIGHBOURS + 1)
+    is_itself = found == torch.arange(len(features))[:, None]
     others_first = is_itself.byte().argsort(dim=1, stable=True)
     return found.gather(1, others_first[:, :-1])
 
 
-def gallery_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Means) -> Numbers:
-    """Image queries in galleries of images and texts, as they are and without the means.
+def one_index_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Means) -> Numbers:
+    """Image and text queries in one index of both, as they are and without the means.
 
-    Queries are the images with a text in the gallery. R@10 is the share of them with a text of
-    their own among the 10 nearest; the share of texts is that among these 10.
+    R@10 is the share of queries with a row of their own, of the other modality, among the 10
+    nearest; the share of texts is that among these 10. Texts that belong to no image are left out.
+    Queries have a row of their own in the index.
     """
-    count, shown = len(images), torch.from_numpy(is_right.sum(axis=0).nonzero()[0])
-    rows = torch.cat([torch.arange(count), count + shown])
-    galleries = {
-        "": rows,
-        "_tenth_of_texts": rows[(rows < count) | (rows % 10 == 0)],
-        "_tenth_of_images": rows[(rows >= count) | (rows % 10 == 0)],
-    }
+    count, shown = len(images), is_right.sum(axis=0).nonzero()[0]
+    texts, is_right = texts[torch.from_numpy(shown)], is_right[:, shown]
+    numbers = torch.cat([torch.arange(count), count + torch.from_numpy(shown)])
+    is_image, is_tenth = torch.arange(len(numbers)) < count, numbers % 10 == 0
+    everything = is_image | ~is_image
     subtracted = {
         "": (torch.zeros(1), torch.zeros(1)),
-        "_without_gallery_means": (images.mean(dim=0), texts[shown].mean(dim=0)),
+        "_without_gallery_means": (images.mean(dim=0), texts.mean(dim=0)),
         "_without_means": means,
     }
     found = {}
@@ -96,66 +94,48 @@ def gallery_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Mea
         if pair is None:
             continue
         x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
-        for kind, rows in galleries.items():
-            queries = is_right[:, (rows[rows >= count] - count).numpy()].sum(axis=1).nonzero()[0]
-            answers = neighbours(x, torch.cat([x, y]), rows)[queries]
-            is_text = answers >= count
-            if len(answers):
-                columns = (answers - count).clamp(min=0).numpy().copy()  # SciPy makes it writeable
-                own = is_right[queries[:, None], columns].toarray()
-                is_own = torch.from_numpy(own) & is_text
-                found[f"mixed_r10{kind}{ending}"] = is_own.any(dim=1).float().mean().item()
-                found[f"mixed_text_share{kind}{ending}"] = is_text.float().mean().item()
-    return found
-
-
-def one_index_numbers(images: Tensor, texts: Tensor, is_right: Matches, means: Means) -> Numbers:
-    """R@10 of text queries, and of both with scores standardised by modality, in the whole gallery.
-
-    Texts that belong to no image are left out, and images without a text are no queries.
-    """
-    is_shown = is_right.sum(axis=0) > 0
-    texts, is_right = texts[torch.from_numpy(is_shown)], is_right[:, is_shown]
-    zero = torch.zeros(1)
-    found = {}
-    for ending, pair in {"": (zero, zero), "_without_means": means}.items():
-        if pair is None:
-            continue
-        x, y = normalize(images - pair[0], dim=-1), normalize(texts - pair[1], dim=-1)
-        for name, queries, others, right in (
-            ("mixed_r10", x, y, is_right),
-            ("mixed_text_query_r10", y, x, is_right.T.tocsr()),
+        image_queries, text_queries = (x, y, is_right), (y, x, is_right.T.tocsr())
+        for name, queries, is_shown, is_standardized in (
+            ("mixed{}", image_queries, everything, False),
+            ("mixed{}_tenth_of_texts", image_queries, is_image | is_tenth, False),
+            ("mixed{}_tenth_of_images", image_queries, ~is_image | is_tenth, False),
+            ("mixed{}_standardized", image_queries, everything, True),
+            ("mixed_text_query{}", text_queries, everything, False),
+            ("mixed_text_query{}_standardized", text_queries, everything, True),
         ):
-            hits = one_index_hits(queries, others, right)
+            hits, shares = one_index_answers(*queries, is_shown, is_standardized)
             if len(hits):
-                plain, standardized = hits.float().mean(dim=0).tolist()
-                found[f"{name}{ending}"] = plain
-                found[f"{name}_standardized{ending}"] = standardized
+                found[f"{name.format('_r10')}{ending}"] = hits.float().mean().item()
+                if queries is image_queries and not is_standardized:
+                    found[f"{name.format('_text_share')}{ending}"] = shares.mean().item()
     return found
 
 
-def one_index_hits(queries: Tensor, others: Tensor, is_right: Matches) -> Tensor:
-    """Whether each query has a right row of the other modality among the 10 nearest of both.
+def one_index_answers(
+    queries: Tensor, others: Tensor, is_right: Matches, is_shown: Tensor, is_standardized: bool
+) -> tuple[Tensor, Tensor]:
+    """What the 10 nearest of both modalities are, for the q queries with a right row in the index.
 
-    queries: (n, D). others: (m, D), of the other modality. is_right: (n, m). A query is not its
-    own answer.
+    queries: (n, D). others: (m, D), of the other modality. is_right: (n, m). is_shown: (n + m,),
+    which rows are in the index. A query is not its own answer. is_standardized: scores are less
+    their mean, and over their deviation, in each modality; else they are cosines.
 
-    Returns (q, 2) bool for the q queries with a right row: by cosine, and by scores that are less
-    their mean, and over their deviation, in each modality.
+    Returns whether one is right, (q,) bool, and the share of the other modality, (q,).
     """
     found = []
+    k = min(NEIGHBOURS, int(is_shown.sum()) - 1)
     for rows in torch.arange(len(queries)).split(STRIP):
         scores = [queries[rows] @ gallery.T for gallery in (queries, others)]
         scores[0][torch.arange(len(rows)), rows] = torch.nan
-        own = torch.from_numpy(is_right[rows.numpy()].toarray())
-        hits = []
-        for pair in (scores, [standardize(x) for x in scores]):
-            joined = torch.cat(pair, dim=1).nan_to_num(nan=-torch.inf)
-            top = joined.topk(min(NEIGHBOURS, joined.shape[1] - 1)).indices - len(queries)
-            is_own = own.gather(1, top.clamp(min=0)) & (top >= 0)
-            hits.append(is_own.any(dim=1))
-        found.append(torch.stack(hits, dim=1))
-    return torch.cat(found)[torch.from_numpy(is_right.sum(axis=1) > 0)]
+        joined = torch.cat([standardize(x) for x in scores] if is_standardized else scores, dim=1)
+        joined.nan_to_num_(nan=-torch.inf).masked_fill_(~is_shown, -torch.inf)
+        found.append(joined.topk(k).indices - len(queries))
+    asked = is_right[:, is_shown[len(queries) :].numpy()].sum(axis=1).nonzero()[0]
+    answers = torch.cat(found)[asked]
+    # SciPy makes the columns writeable.
+    own = is_right[asked[:, None], answers.clamp(min=0).numpy().copy()].toarray()
+    is_other = answers >= 0
+    return (torch.from_numpy(own) & is_other).any(dim=1), is_other.float().mean(dim=1)
 
 
 def standardize(scores: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .datasets import Dataset, Images
 from .interchange import STRIP, nearest
 
 TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
-SUPERCLASS_TOP = (1, 2, 3)
+SUPERCLASS_TOP = {"": 1, "_top2": 2, "_top3": 3}  # the end of a metric's name -> k
 CONSISTENCY_NEIGHBOURS = (1, 3, 5, 10)
 RECALL_AT = (1, 5, 10)
 GALLERY = 50_000  # training images that may be neighbours, as in the paper for ImageNet
@@ -83,14 +83,14 @@ def feature_means(clip: Clip, images: Images, captions: list[str]) -> tuple[Tens
     if not captions:
         return None
     indices = sample_indices(len(captions), MEANS_OF)
-    image_features = F.normalize(clip.encode_images(images, indices, "training pairs"), dim=-1)
+    image_features = F.normalize(clip.encode_images(images, indices), dim=-1)
     text_features = clip.encode_texts([captions[i] for i in indices.tolist()])
     return image_features.mean(dim=0), text_features.mean(dim=0)
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
     """Encodes the images, the class names and the captions of a dataset."""
-    raw = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
+    raw = clip.encode_images(data.images, torch.arange(len(data.images)))
     class_features = {
         task: clip.encode_classes(classes.names, classes.templates)
         for task, classes in data.classes.items()
@@ -127,7 +127,7 @@ def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> Numbers
     images, labels = encoded.data.train
     gallery = sample_indices(len(images), GALLERY)
     wanted = torch.arange(len(images)) if linear_probe else gallery
-    features = clip.encode_images(images, wanted, "train")
+    features = clip.encode_images(images, wanted)
     probe = Numbers()
     if linear_probe:
         classes = encoded.data.classes[""]
@@ -177,7 +177,9 @@ def class_numbers(encoded: Encoded, task: str, indices: Tensor) -> Numbers:
     labels = classes.labels[indices]
     features = encoded.image_features[indices], encoded.class_features[task]
     ranked = nearest(*features, max(TOP))
-    found = zero_shot(ranked, labels, len(classes.names))
+    # Top-k is 1 if there are no more than k classes.
+    ks = [k for k in TOP if k == 1 or k < len(classes.names)]
+    found = {f"top{k}": hit_rate(ranked, labels, k) for k in ks}
     if classes.superclass is not None:
         found |= coarse_and_fine(*features, labels, classes.superclass)
     if task in encoded.neighbour_labels:
@@ -218,20 +220,6 @@ def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
     return (ranked[:, :k] == truth[:, None]).any(dim=1).float().mean().item()
 
 
-def zero_shot(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Top-k accuracy for k = 1, and for k = 3, 5 and 10 if there are more than k classes.
-
-    ranked: (n, up to 10), the nearest classes, best first. labels: (n,).
-    """
-    ks = [k for k in TOP if k == 1 or k < num_classes]
-    return {f"top{k}": hit_rate(ranked, labels, k) for k in ks}
-
-
-def top(name: str, k: int) -> str:
-    """The name of a metric for the best k answers; for k = 1, the name alone."""
-    return name if k == 1 else f"{name}_top{k}"
-
-
 def coarse_and_fine(
     image_features: Tensor, class_features: Tensor, labels: Tensor, superclass: Tensor
 ) -> dict[str, float]:
@@ -243,16 +231,16 @@ def coarse_and_fine(
     labels: (n,) classes. superclass: (C,), the superclass of each class.
     """
     groups, group = superclass.unique(return_inverse=True)
-    max_k, truth = max(SUPERCLASS_TOP), group[labels]
+    max_k, truth = max(SUPERCLASS_TOP.values()), group[labels]
     scores = image_features @ class_features.T
     superclass_scores = scores.new_full((len(scores), len(groups)), -torch.inf)
     superclass_scores.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
     siblings = scores.masked_fill_(group != truth[:, None], -torch.inf)
     answers = {"coarse": (superclass_scores, truth), "fine": (siblings, labels)}
     return {
-        top(name, k): hit_rate(found.topk(min(max_k, found.shape[1])).indices, right, k)
+        f"{name}{ending}": hit_rate(found.topk(min(max_k, found.shape[1])).indices, right, k)
         for name, (found, right) in answers.items()
-        for k in SUPERCLASS_TOP
+        for ending, k in SUPERCLASS_TOP.items()
     }
 
 

@@ -119,7 +119,6 @@ class TrainerPatches:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.lost_val: Any = None  # the number of held-out pairs that could not be read
 
     def install(self, main: Any) -> None:
         """Replaces functions in `open_clip_train.main` and `open_clip_train.train`."""
@@ -147,11 +146,11 @@ class TrainerPatches:
         data = original(args, *positional, **options)
         self.args, self.lost = args, watch(data["train"], args, train=True)
         if "val" in data:
-            self.lost_val = watch(data["val"], args, train=False)
+            lost_val = watch(data["val"], args, train=False)
             if args.rank == 0:  # the rank that validates
                 for _ in data["val"].dataloader:
                     pass
-            if lost := self.lost_val.value:
+            if lost := lost_val.value:
                 raise UsageError(f"--val: {lost} unreadable held-out pairs or shards, see above")
         return data
 
@@ -208,20 +207,8 @@ class TrainerPatches:
         args: Namespace,
         **options: Any,
     ) -> dict[str, Any]:
-        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt.
-
-        It is not saved if pairs could not be read: their loss could choose another epoch.
-        """
-        try:
-            metrics: dict[str, Any] = original(model, data, epoch, args, **options)
-        except Exception:  # OpenCLIP can't validate without any pair
-            if not (self.lost_val and self.lost_val.value):
-                raise
-            metrics = {}
-        if lost := self.lost_val and self.lost_val.value:
-            self.lost_val.value = 0
-            logging.warning("Unreadable held-out pairs or shards: %d; no best epoch is kept", lost)
-            return metrics
+        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt."""
+        metrics: dict[str, Any] = original(model, data, epoch, args, **options)
         # Only rank 0 has a loss, and only if this epoch was validated. Under FSDP no rank has the
         # whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):

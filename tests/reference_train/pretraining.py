@@ -83,6 +83,8 @@ def pretrain(words):
             for module in (command.trainer, patches.train):
                 for name, value in list(vars(module).items()):
                     patch.setattr(module, name, value)
+            patch.setattr(torch.optim, "AdamW", torch.optim.AdamW)
+            patch.setattr(torch.backends.cuda, "enable_flash_sdp", lambda _: None)
             patch.setattr(command.trainer, "setup_logging", lambda *_: None)
             patch.setattr(logging, "raiseExceptions", True)
             patch.setattr(logging.root.manager, "disable", 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from reference_train import __main__ as cli
 from reference_train import command_line, files
@@ -35,6 +36,7 @@ def test_bad_arguments_end_with_one_line_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # other tests fork processes
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("training began"))
     monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
     monkeypatch.setattr(sys, "argv", ["reference_train", *arguments.split()])
@@ -65,6 +67,12 @@ def test_the_first_rank_says_in_one_line_how_a_command_ended(
             run(raise_error)
         said = "" if rank == "1" and line else f"reference_train: {line or 'interrupted'}\n"
         assert capsys.readouterr().err == said
+
+
+def test_without_arguments_clip_and_cyclip_are_trained_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = demo.parse_arguments([])
+    assert (arguments.loss, arguments.seeds, arguments.preset) == (["clip", "cyclip"], 1, "short")
 
 
 @pytest.mark.parametrize(("argv", "folder"), [(["pretrain", "x"], "/pretrain"), ([], "")])

@@ -59,7 +59,8 @@ def emoji():
 
 
 def demonstrate(arguments):
-    cli.main(shlex.split(arguments))
+    """On the CPU, also where there is a GPU: the same seeds give the same bits."""
+    cli.main([*shlex.split(arguments), "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,9 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
     trained = images.places[:, 0, 0, 0] // 10
     assert torch.equal(labels["subgroup"], trained.long() % 4)
     assert ("" in labels) != held_out
+    pairs, captions = demonstration.training_pairs(emoji)
+    assert torch.equal(pairs.places, images.places)
+    assert captions == [f"thing {c}" for c in trained.tolist()]
 
 
 def test_an_interrupted_command_repeats_only_the_run_that_was_not_finished(
@@ -186,6 +190,13 @@ def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
         for metric in ("alignment", "mixed_r10_without_means"):
             assert found[metric] == pytest.approx(expected[metric], rel=0.01)
         assert evaluated["checkpoints"][run]["seed"] == 0
+
+
+def test_the_logit_scale_stays_below_100(emoji, tmp_path, monkeypatch):
+    monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "logit_scale": 200, "steps": 1})
+    demonstrate(f"--loss clip --out {tmp_path}")
+    trained = torch.load(tmp_path / "clip-0" / "checkpoint.pt")["state_dict"]
+    assert trained["logit_scale"].exp() == pytest.approx(100)
 
 
 def test_a_nan_loss_ends_the_run(emoji, tmp_path, monkeypatch):

@@ -14,9 +14,15 @@ from miniature import TINY, write_run
 from pages import blocks
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms import InterpolationMode
 
 from reference_train.command_line import UsageError
-from reference_train.evaluate.checkpoints import checkpoint_file, find_checkpoints, load
+from reference_train.evaluate.checkpoints import (
+    checkpoint_file,
+    default_precision,
+    find_checkpoints,
+    load,
+)
 
 CPU = torch.device("cpu")
 QUICK = "evaluate-tiny-quickgelu"
@@ -31,7 +37,7 @@ def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(tmp_path, mo
     checkpoints = tmp_path / "a" / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints.parent / "params.txt").write_text("model: RN50\n")
-    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_latest.pt", "best.pt"):
+    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_latest.pt", "epoch.best.pt", "best.pt"):
         (checkpoints / name).touch()
         for folder in (checkpoints.parent, checkpoints):
             assert checkpoint_file(folder) == checkpoints / name
@@ -55,12 +61,14 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
     save_file(model.state_dict(), file)
     (tmp_path / "params.txt").write_text(
         "model: evaluate-tiny\nimage_mean: [0.5, 0.0, 0.0]\nimage_std: [0.5, 1.0, 2.0]\n"
-        "image_resize_mode: squash\nforce_context_length: 9\nsiglip: True\n"
+        "image_resize_mode: squash\nimage_interpolation: bilinear\n"
+        "force_context_length: 9\nsiglip: True\n"
     )
     clip = load(*find_checkpoints([file], None, None), CPU)
     pixels = clip.preprocess(Image.new("RGB", (64, 32), "white"))
     assert pixels[:, 0, 31].tolist() == [1, 1, 0.5]
     assert pixels.shape == (3, 32, 32)
+    assert clip.preprocess.transforms[0].interpolation == InterpolationMode.BILINEAR
     assert (clip.model.logit_bias.item(), clip.tokenizer(["a"]).shape) == (-10, (1, 9))
 
 
@@ -76,6 +84,11 @@ def test_models_of_one_name_have_the_configurations_of_their_runs(run_folder, tm
     found = find_checkpoints([tmp_path / "one", tmp_path / "two"], None, None)
     heads = [load(x, CPU).model.transformer.resblocks[0].attn.num_heads for x in found]
     assert heads == [2, 4]
+
+
+def test_a_gpu_computes_in_bfloat16():
+    found = [default_precision(torch.device(name)) for name in ("cpu", "cuda:1")]
+    assert found == ["fp32", "amp_bf16"]
 
 
 def save(path):

@@ -19,7 +19,9 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path):
     (tmp_path / "empty").mkdir()
     assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
     (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n\n")
-    assert open_folders(tmp_path, "x").classes[""].names == ["own 0", "own 1", "own 2"]
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n{c} b\n")
+    found = open_folders(tmp_path, "x").classes[""]
+    assert (found.names, found.templates) == (["own 0", "own 1", "own 2"], ["a {}", "{} b"])
     for text, message in (
         ("own 0\n", r"3 classes, classnames\.txt has 1"),
         ("own 0\n \nown 1\n", r"classnames\.txt: line 2 is blank"),
@@ -27,6 +29,17 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path):
         (tmp_path / "classnames.txt").write_text(text)
         with pytest.raises(Unusable, match=message):
             open_folders(tmp_path, "x")
+
+
+@pytest.mark.parametrize("split", ["test", "val", "validation"])
+def test_images_of_a_folder_are_those_of_its_test_or_validation(split, tmp_path):
+    for part, classes in (split, "ab"), ("train", "ab"), ("other", "c"):
+        write_image_folder(tmp_path / part, classes)
+    found = open_folders(tmp_path, "x")
+    assert (len(found.images), len(found.train[0])) == (2, 2)
+    (tmp_path / "train" / "b").rename(tmp_path / "train" / "c")
+    with pytest.raises(Unusable, match="train has 2 classes, not those of"):
+        open_folders(tmp_path, "x")
 
 
 def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path):
@@ -43,6 +56,23 @@ def test_folders_of_imagenet_are_its_identifiers_or_class_numbers(tmp_path):
     (tmp_path / "v2" / "999").rename(tmp_path / "v2" / "1000")
     with pytest.raises(Unusable, match=r"/1000: .* identifier \(n01440764\) or number"):
         open_folders(tmp_path / "v2", "imagenet-x")
+
+
+@pytest.mark.parametrize(
+    ("samples", "names", "message"),
+    [
+        ([], "", "no images"),
+        ([IMAGE], "", "have neither .cls nor .txt"),
+        ([IMAGE | LABEL], "", r"no .*classnames\.txt"),
+        ([IMAGE | LABEL], "a\nb", "labels from 9 to 9, but 2 class names"),
+        ([IMAGE | TEXT, IMAGE, IMAGE], "", "2 of 3 samples have no .txt"),
+        ([IMAGE | {"txt": b" "}], "", "images without a caption"),
+    ],
+)
+def test_samples_that_cannot_be_evaluated_are_refused(samples, names, message, tmp_path):
+    write_set(tmp_path, {"test": samples}, classnames=names)
+    with pytest.raises(Unusable, match=message):
+        open_tars(tmp_path, "x")
 
 
 def test_imagenets_class_names_in_another_order_are_refused(tmp_path):

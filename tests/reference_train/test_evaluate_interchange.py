@@ -1,6 +1,6 @@
 """Mixed galleries, compared with loops; neighbours and heads of made-up features."""
 
-from statistics import fmean, pstdev
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,72 +11,55 @@ from torch.nn.functional import normalize
 from reference_train.evaluate import interchange
 
 
-def test_mixed_galleries_agree_with_loops(monkeypatch):
-    monkeypatch.setattr(interchange, "STRIP", 7)
-    monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
-    images, texts = (normalize(torch.randn(n, 4), dim=-1) for n in (40, 45))
-    # Image i has texts i and i + 1. The last four belong to no image, so they are in no gallery.
-    is_right = (torch.eye(40, 45) + torch.eye(40, 45).roll(1, dims=1)).bool()
-    matches = csr_array(is_right.numpy())
-    means = tuple(torch.randn(2, 4) / 2)
-    found = interchange.gallery_numbers(images, texts, matches, means)
-    steps = {"": (1, 1), "_tenth_of_texts": (1, 10), "_tenth_of_images": (10, 1)}
-    for kind, (image_step, text_step) in steps.items():
-        hits, num_texts = [], 0
-        for query in is_right[:, :41:text_step].any(dim=1).nonzero()[:, 0].tolist():
-            gallery = [(images[i], -1) for i in range(0, 40, image_step) if i != query]
-            gallery += [(texts[i], i) for i in range(0, 41, text_step)]
-            gallery.sort(key=lambda row: -float(images[query] @ row[0]))
-            shown = [i for _, i in gallery[:3] if i >= 0]
-            hits.append(bool(is_right[query, shown].any()))
-            num_texts += len(shown)
-        assert found[f"mixed_r10{kind}"] == pytest.approx(sum(hits) / len(hits))
-        assert found[f"mixed_text_share{kind}"] == pytest.approx(num_texts / 3 / len(hits))
-    gallery_means = images.mean(dim=0), texts[:41].mean(dim=0)
-    for ending, pair in (("_without_means", means), ("_without_gallery_means", gallery_means)):
-        less = (normalize(x - y, dim=-1) for x, y in zip((images, texts), pair, strict=True))
-        expected = interchange.gallery_numbers(*less, matches, None)
-        assert found["mixed_r10" + ending] == pytest.approx(expected["mixed_r10"])
-
-
 def test_one_index_agrees_with_loops(monkeypatch):
     """Image and text queries, by cosine and by scores standardised by modality."""
     monkeypatch.setattr(interchange, "STRIP", 7)
-    monkeypatch.setattr(interchange, "NEIGHBOURS", 3)
-    images = normalize(torch.randn(40, 4), dim=-1)
-    texts = normalize(torch.randn(25, 4) + 1, dim=-1)
-    # Two images of each of 19 texts, two images without a text, six texts without an image.
-    is_right = torch.zeros(40, 25).bool()
-    is_right[torch.arange(38), torch.arange(38) % 19] = True
-    matches = csr_array(is_right.numpy())
+    # Rows 0 to 39 are images, and the others texts. Image i has the texts 40 + i and 41 + i, but
+    # the last two images have none. Six texts belong to no image.
+    rows, is_right = torch.arange(85), torch.zeros(85, 85).bool()
+    is_right[rows[:38], rows[40:78]] = is_right[rows[:38], rows[41:79]] = True
+    matches, is_right = csr_array(is_right[:40, 40:].numpy()), is_right | is_right.T
+    is_text, is_tenth = rows >= 40, rows % 10 == 0
+    in_index = ~is_text | is_right.any(dim=1)
+    galleries = {
+        "": in_index,
+        "_tenth_of_texts": in_index & (~is_text | is_tenth),
+        "_tenth_of_images": in_index & (is_text | is_tenth),
+    }
+    images, texts = normalize(torch.randn(85, 4) + is_text[:, None], dim=-1).split([40, 45])
     means = tuple(torch.randn(2, 4) / 2)
+    subtracted = {
+        "": (0, 0),
+        "_without_means": means,
+        "_without_gallery_means": (images.mean(dim=0), texts[in_index[40:]].mean(dim=0)),
+    }
     found = interchange.one_index_numbers(images, texts, matches, means)
-    assert found["mixed_r10"] == pytest.approx(
-        interchange.gallery_numbers(images, texts, matches, None)["mixed_r10"]
-    )
-    for ending, (of_images, of_texts) in (("", (0, 0)), ("_without_means", means)):
-        x, y = normalize(images - of_images, dim=-1), normalize(texts - of_texts, dim=-1)
-        shown = [j for j in range(25) if is_right[:, j].any()]
-        towers = {"image": (x, range(40)), "text": (y, shown)}
-        for name, own, other in (("mixed", "image", "text"), ("mixed_text_query", "text", "image")):
-            for standardized in (False, True):
-                hits = []
-                for query in towers[own][1]:
-                    right = is_right[query] if own == "image" else is_right[:, query]
-                    if not right.any():
-                        continue
-                    answers = []
-                    for kind, (features, rows) in towers.items():
-                        kept = [row for row in rows if (kind, row) != (own, query)]
-                        scores = [float(towers[own][0][query] @ features[row]) for row in kept]
-                        if standardized:
-                            centre, spread = fmean(scores), pstdev(scores)
-                            scores = [(score - centre) / spread for score in scores]
-                        answers += zip(scores, [kind] * len(kept), kept, strict=True)
-                    best = sorted(answers, reverse=True)[:3]
-                    hits.append(any(kind == other and right[row] for _, kind, row in best))
-                key = f"{name}_r10{'_standardized' * standardized}{ending}"
-                assert found[key] == pytest.approx(fmean(hits)), key
+    for (ending, less), (kind, gallery), of_text, standardized in product(
+        subtracted.items(), galleries.items(), (False, True), (False, True)
+    ):
+        name = f"{kind}{'_standardized' * standardized}{ending}"
+        key = f"mixed{'_text_query' * of_text}_r10{name}"
+        assert (key in found) == (not kind or not (of_text or standardized))
+        if key not in found:
+            continue
+        x = torch.cat(
+            [normalize(y - z, dim=-1) for y, z in zip((images, texts), less, strict=True)]
+        )
+        hits, shares = [], []
+        for query in (in_index & (is_text == of_text)).nonzero()[:, 0]:
+            others, scores = gallery & (rows != query), x @ x[query]
+            if not is_right[query, gallery].any():
+                continue
+            for side in (others & is_text, others & ~is_text) if standardized else ():
+                scores[side] -= scores[side].mean()
+                scores[side] /= scores[side].std(correction=0)
+            best = scores.where(others, -torch.inf).topk(10).indices
+            hits.append(is_right[query, best].any())
+            shares.append(is_text[best])
+        assert found[key] == pytest.approx(torch.stack(hits).float().mean().item()), key
+        if not (of_text or standardized):
+            share = torch.cat(shares).float().mean().item()
+            assert found[f"mixed_text_share{name}"] == pytest.approx(share)
 
 
 def test_shared_neighbours_are_those_by_hand(monkeypatch):
@@ -87,6 +70,13 @@ def test_shared_neighbours_are_those_by_hand(monkeypatch):
     own = csr_array(np.eye(4, dtype=bool))
     found = interchange.numbers(images, texts, own, None, [*"abcd"], None)
     assert found["shared_neighbours"] == 0.75
+
+
+def test_heads_and_clusters_need_20_images_of_a_class():
+    for count in 39, 40:
+        x, own = normalize(torch.randn(count, 3), dim=-1), csr_array(np.eye(count, dtype=bool))
+        found = interchange.numbers(x, x, own, None, None, torch.arange(count) % 2)
+        assert ("v_measure_mixed" in found) == (count == 40)
 
 
 def test_heads_see_no_title_twice_and_cross_modalities_without_the_means():

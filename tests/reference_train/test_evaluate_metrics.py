@@ -38,7 +38,7 @@ def measure(images, data, texts, **options):
         means=None,
         encode_classes=lambda names, _: torch.stack([texts[name] for name in names]),
         encode_texts=lambda captions: torch.stack([texts[text] for text in captions]),
-        encode_images=lambda shown, indices, split: images[indices],
+        encode_images=lambda shown, indices: images[indices],
     )
     return metrics.measure(clip, data, **options)
 
@@ -77,6 +77,21 @@ def test_no_matrix_of_all_images_and_texts_is_made(monkeypatch):
     data = Dataset(Images(torch.zeros(4000, 3, 1, 1)), captions=[[text] for text in texts])
     images = torch.randn(4000, 2)
     assert allocated_peak(CPU, lambda: measure(images, data, texts)) < 4e6
+
+
+def test_samples_have_the_sizes_that_pages_say(monkeypatch):
+    """Of training images as neighbours, of pairs, and of training pairs for the means."""
+    limits = []
+    monkeypatch.setattr(
+        metrics, "sample_indices", lambda count, limit: limits.append(limit) or torch.arange(count)
+    )
+    x = nn.functional.normalize(torch.randn(12, 3), dim=-1)
+    classes = {"": Classes(torch.arange(12), [*"abcdefghijkl"], ["{}"])}
+    data = Dataset(Images(x), classes, train=(Images(x), {"": torch.arange(12)}))
+    measure(x, data, dict(zip("abcdefghijkl", x, strict=True)))
+    clip = SimpleNamespace(encode_images=lambda *_: x, encode_texts=lambda _: x)
+    metrics.feature_means(clip, data.images, ["a"])
+    assert limits == [50_000, 10_000, 4096]
 
 
 def test_a_tie_of_neighbours_drops_the_farthest():

@@ -4,6 +4,7 @@ import faulthandler
 import hashlib
 import json
 import sys
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -41,6 +42,8 @@ DRAWINGS = {
     "red-box": square(14, "#ff0000"),
     "nothing-but-red": {"body": '<rect width="24" height="24" fill="red"/>'},
     "brand-x": square(15),
+    "unseen": {**square(7), "hidden": True},
+    "of-a-firm": square(6),
     "wide": {**square(9), "width": 32},
     "crash": CRASH,
     "endless": ENDLESS,
@@ -66,6 +69,7 @@ def package(tmp_path_factory):
     files = {"collections": {name: info for name, (info, _) in SETS.items()}}
     for name, (_, drawings) in SETS.items():
         files[f"json/{name}"] = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
+    files["json/plain"]["categories"] = {"Brands": ["of-a-firm"], "RedThings": ["red-box"]}
     content = {f"package/{name}.json": json.dumps(files[name]).encode() for name in files}
     return write_tar(tmp_path_factory.mktemp("icons") / "icons.tgz", content, "w:gz")
 
@@ -99,7 +103,9 @@ def test_the_shards_have_each_name_once_and_the_manifest_says_where_icons_come_f
         assert ("alarm-clock-outline" in drawn) != (other in drawn)
     assert drawn & DRAWINGS.keys() >= {"traffic-light", "red-box", "wide"}
     left_out = {"nothing", "nothing-but-red", "broken", "crash", "endless", "file", "12", "brand-x"}
-    assert not drawn & left_out
+    assert not drawn & {*left_out, "unseen", "of-a-firm"}
+    about = {"title": "Plain Icons", "author": {"name": "Somebody"}, "licence": "MIT"}
+    assert manifest["sets"]["plain"] == about
     assert sum(manifest["pairs"].values()) == len(samples(built))
     assert manifest["sha256"] == hashlib.sha256(package.read_bytes()).hexdigest()
     sizes = json.loads((built / "sizes.json").read_text())
@@ -133,12 +139,14 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
             icons.main(f"--out {tmp_path}/out".split())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
-    icons.main(f"--out {tmp_path}/some --limit 1".split())
+    icons.main(f"--out {tmp_path}/some --part 0 1".split())
+    manifest = json.loads((tmp_path / "some" / "manifest.json").read_text())
+    assert manifest["package"] == package.as_uri()
     found = samples(tmp_path / "some")
     assert len(found) == 1
     assert found.items() <= samples(built).items()
     with pytest.raises(UsageError, match="already exists"):
-        icons.main(f"--out {tmp_path}/some --limit 1".split())
+        icons.main(f"--out {tmp_path}/some".split())
 
 
 def test_a_part_has_all_held_out_icons_and_other_training_icons(
@@ -153,7 +161,7 @@ def test_a_part_has_all_held_out_icons_and_other_training_icons(
 
     monkeypatch.setattr(icons, "distinct_pictures", draw_nothing)
     for first, last in ((0, 3), (3, 6)):
-        icons.build(package, tmp_path, None, (first, last))
+        icons.build(package, tmp_path, (first, last))
     (held_out, first), (again, second) = (
         [
             [icon.key for icon in part if icon_sets.is_held_out(icon.name) == is_held_out]
@@ -179,3 +187,30 @@ def test_a_black_icon_gets_the_colours_of_its_key_and_a_coloured_one_keeps_its_o
         picture = decode(icon_sets.draw(icon_sets.Icon(key, "", "", "", "", svg)).png, 64)
         for place, colour in zip((20, 60), expected, strict=True):
             assert picture[:, place, place].tolist() == (255 * colour).round().tolist()
+        svg = icon_sets.square_svg({**drawing, "hFlip": True})
+        flipped = decode(icon_sets.draw(icon_sets.Icon(key, "", "", "", "", svg)).png, 64)
+        assert (flipped[:, :, ::-1] == picture).all()
+
+
+def test_colours_and_captions_have_the_shares_that_are_said():
+    colours = [icon_sets.colours(Random(i)) for i in range(4000)]
+    black, white = (sum(x[i].tolist() == [i] * 3 for x in colours) / 4000 for i in (0, 1))
+    assert (black, white) == pytest.approx((0.5, 0.7), abs=0.03)
+    plain = icon_sets.Icon("", "s", "cat", "", "", "")
+    full = plain._replace(style="bold", group="pets")
+    bare, told = (
+        {icon_sets.caption(icon, "Set", Random(i)) for i in range(200)} for icon in (plain, full)
+    )
+    assert bare == {text for text in told if "bold" not in text and "pets" not in text}
+    assert told - bare == {"cat, bold", "cat, pets"}
+    assert {"cat", "a drawing of cat", "cat icon, Set"} <= bare
+
+
+def test_a_name_has_up_to_40_pictures_to_train_on_and_one_held_out(package, tmp_path, monkeypatch):
+    def fifty(_):
+        for i, name in product(range(50), ("cat", "dog")):
+            yield icon_sets.Icon(f"{name}{i}", "plain", name, "", "", ""), b""
+
+    monkeypatch.setattr(icons, "distinct_pictures", fifty)
+    monkeypatch.setattr(icons, "is_held_out", "cat".__eq__)
+    assert icons.build(package, tmp_path, None)["pairs"] == {"train": 40, "val": 1}

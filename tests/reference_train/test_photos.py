@@ -9,7 +9,7 @@ from miniature import picture
 
 from reference_train.command_line import RunFailed
 from reference_train.data import photos
-from reference_train.data.samples import read_samples
+from reference_train.data.samples import decode, read_samples
 from reference_train.evaluate.datasets import find
 
 
@@ -29,6 +29,8 @@ TYPES = ["Hat" if i < 33 else "Shoe" for i in range(60)]
 TITLES = [f"{kind} {i % 9}" for i, kind in enumerate(TYPES)]
 TITLES[40] = "hat 5"
 TITLES[57] = ""
+TITLES[34] = "Shoe  7 "
+TYPES[59] = "Bag"  # of a type of which there are so few, no part is made
 WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
 
 
@@ -63,7 +65,8 @@ def clones(tmp_path, monkeypatch):
 
 
 def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
+    shares = []
+    monkeypatch.setattr(photos, "choose", lambda *given: shares.append(given[1]) or {min(given[0])})
     # Of the shoes, 34 and 35 and those with their titles are for the test, 36 for validation.
     monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
     out = tmp_path / "out"
@@ -79,6 +82,11 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
         "tiny-imagenet/test/%d.tar": 1,
         "tiny-imagenet/train-%05d.tar": 12,
     }
+    assert shares == [0.17, 0.2]
+    # The pictures have 24 by 20 pixels, and get white margins.
+    product = decode(next(read_samples([str(out / "products" / "test" / "0.tar")])).image, 64)
+    assert (product[:, 8].min(), product[:, :, 8].min()) > (250, 250)
+    assert product[:, 23:41, 21:43].mean() < 230
     train, test = (
         {sample.caption for sample in read_samples([str(out / "products" / name)])}
         for name in ("train-00000.tar", "test/0.tar")
@@ -91,6 +99,13 @@ def test_no_title_and_no_image_is_in_two_parts(clones, tmp_path, monkeypatch, ca
     ):
         assert find([out])[name]().classes[""].names == [new_class]
     assert "skipped" not in capsys.readouterr().err
+
+
+def test_a_share_of_the_names_is_chosen_in_whatever_order_they_come():
+    names = [*map(str, range(100))]
+    chosen = photos.choose(names, 0.17)
+    assert len(chosen) == 17
+    assert photos.choose(names[::-1], 0.17) == chosen != {*names[:17]}
 
 
 def test_a_clone_without_the_commit_or_a_picture_is_refused(clones, tmp_path):

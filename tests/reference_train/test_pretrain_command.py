@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 from itertools import product
-from unittest.mock import patch
 
 import pytest
 from miniature import write_tar
+from processes import ROOT
 from webdataset.shardlists import expand_urls
 
 from cyclip_loss import open_clip_train
@@ -49,6 +51,34 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
     assert (chosen.loss_arguments, chosen.lambda_inmodal) == ({"p": 1}, 0)
     siglip = dry_run("--loss siglip")
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
+
+
+# What says the flags of a preset: a command on a page, and one in a record.
+COMMANDS = {
+    "paper": ("docs/from_the_authors_code.md", r"--model RN50-[^`]*?(?=--penalties)"),
+    "icons": ("reference_train/results/icons/runs.txt", r"--model .*"),
+}
+
+
+def test_presets_are_those_of_the_page_and_of_commands_elsewhere(dry_run):
+    page = (ROOT / "docs" / "pretraining.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", page, re.MULTILINE)
+    assert [preset for preset, *_ in rows] == ["paper", "modern", "icons"]
+    for preset, model, batch, *numbers in rows:
+        unknown = "--data s3://b/{0..9}.tar -- --train-num-samples 65536"
+        args = dry_run(f"--preset {preset} {unknown}", batch="")
+        assert args.batch_size == int(batch.replace(",", ""))
+        assert [args.epochs, args.lr] == [float(number) for number in numbers]
+        assert args.model in (model, "icons-rn-32")
+        if preset in COMMANDS:
+            file, pattern = COMMANDS[preset]
+            flags = shlex.split(
+                re.search(pattern, (ROOT / file).read_text())[0].replace("\\\n", "")
+            )
+            told = vars(command.trainer.parse_args(open_clip_train.parse(flags)[1]))
+            for name in ["lr", "wd", "beta1", "beta2", "eps", "warmup", "train_num_samples"]:
+                assert told[name] in (None, vars(args)[name])
+            assert args.aug_cfg.items() <= told["aug_cfg"].items()
 
 
 def test_icons_train_in_bfloat16_where_the_cpu_computes_it(dry_run, monkeypatch):
@@ -137,10 +167,8 @@ def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_fol
     sizes = {f"train-{number:05}.tar": 9 + number for number in range(3)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     tars = "train-{00000..00003}.tar"
-    with patch.object(shards, "json", wraps=json) as reader:
-        args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
+    args = dry_run(f"--data {data}/{tars}::{folder}/{tars}")
     assert args.train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
-    assert reader.loads.call_count == 3  # each sizes.json once, and one *_stats.json
     for broken in ('{"train-00000.tar": null}', "[8", "8"):
         (data / "sizes.json").write_text(broken)
         with pytest.raises(UsageError, match=r"sizes\.json: no JSON file of numbers: "):

@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from pages import blocks
-from processes import run_forked
 
 from cyclip_loss.options import PRESETS
 from reference_train import runs
@@ -17,6 +15,13 @@ from reference_train.command_line import UsageError
 from reference_train.pretrain import pretrain as command
 
 pytest_plugins = ["pretraining"]
+
+
+COMPARED = """
+lr lr_scheduler lr_cooldown_end wd beta1 beta2 eps opt warmup batch_size accum_freq precision model
+force_quick_gelu pretrained lock_image seed aug_cfg image_mean grad_clip_norm train_num_samples
+train_shards val_shards dataset_resampled siglip same_captions
+"""
 
 
 @pytest.fixture
@@ -46,8 +51,11 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(r
         resume_run(ours="--loss math:dist")
     with pytest.raises(UsageError, match=r"begun with lambda_inmodal = 0.0, not 0.25: choose"):
         resume_run(ours="--loss cyclip")
-    with pytest.raises(UsageError, match="begun with opt = lion, not adamw: choose another"):
-        resume_run(opt="lion")
+    for name in COMPARED.split():
+        with pytest.raises(UsageError, match=f"begun with {name} = x, not .*: choose another"):
+            resume_run(**{name: "x"})
+    with pytest.raises(UsageError, match="begun with epochs = 3, not 5"):  # it has finished one
+        resume_run("--epochs 5", epochs=3)
 
 
 def test_a_resumed_run_compares_the_values_of_penalties_and_not_their_preset(resume_run):
@@ -139,7 +147,8 @@ def test_a_finished_run_takes_more_epochs_and_data_that_moved(
     monkeypatch.chdir(data.rename(tmp_path / "moved"))
     pretrain("--epochs 2", data=".")
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
-    assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"best.pt", "epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "results.jsonl"}
 
 
 def test_a_run_records_the_commits_of_its_code(pretrain, tmp_path, monkeypatch):
@@ -159,47 +168,16 @@ def test_the_commit_is_of_code_that_git_tracks(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, *arguments.split()], check=True)
     version = str(runs.code_version())
     file.write_text("changed")
-    assert (len(version), runs.code_version()) == (46, version.replace("clean", "dirty"))
+    assert (len(version), runs.code_version()) == (40, f"{version} dirty")
 
 
 def test_a_run_refuses_other_data_and_a_damaged_checkpoint(finished, pretrain, data, tmp_path):
-    shard = (data / "train-00003.tar").rename(tmp_path / "shard")
-    with pytest.raises(UsageError, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
+    shard = data / "train-00003.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content + bytes(512))
+    with pytest.raises(UsageError, match=r"begun with train_shards = 4 shards, .* not 4 shards, "):
         pretrain("--workers 0")
-    shard.rename(data / "train-00003.tar")
+    shard.write_bytes(content)
     os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
     with pytest.raises(UsageError, match=r"epoch_latest.pt was not loaded: truncated, or "):
         pretrain("--workers 0")
-
-
-# `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.
-KILLED = """
-import os, runpy, signal, sys
-from pathlib import Path
-
-results, replace = Path(sys.argv.pop(1)), os.replace
-
-def replace_or_die(source, target):
-    epochs = len(results.read_text().splitlines()) if results.exists() else 0
-    if Path(target).name == "epoch_latest.pt" and epochs == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = replace_or_die
-runpy.run_module("reference_train", run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_and_finishes(words, pretrain, tmp_path):
-    checkpoints = tmp_path / "run" / "checkpoints"
-    # Its workers would outlive the killed process.
-    argv = words("--epochs 3 --workers 0", "--loss siglip")
-    file = str(checkpoints / "results.jsonl")
-    killed = run_forked(KILLED, file, "pretrain", *argv, cwd=tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stdout
-    assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
-    assert "Loss: SigLipLoss(" in (tmp_path / "run" / "out.log").read_text()
-    pretrain("--epochs 3", "--loss siglip")
-    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
-    assert list(checkpoints.glob(".*")) == []
