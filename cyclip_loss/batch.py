@@ -92,4 +92,4 @@ class Plan(NamedTuple):
     strategy: str  # how columns reach the rows of other ranks, a name in `ranks.exchange`
     output_dict: bool  # whether the terms are returned one by one
     with_cross: bool  # whether the penalties need the Gram matrix C
-    centered: bool  # whether the penalties are computed, of centred features
+    centered: bool  # whether penalties use centred features; False if none are computed

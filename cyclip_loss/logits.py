@@ -98,7 +98,8 @@ class SavedStatistics(NamedTuple):
     row_log_divisor: Tensor  # (n,)
     column_log_divisor: Tensor  # (m,), empty unless `Logits.symmetric`
     pair_gradient: Tensor  # (n,), the gradient of the pairs' logits
-    upstream_scale: Tensor  # scalar, with the sign and the magnitude of the upstream gradients
+    # The sign of the upstream gradients, 1 or -1; for float16, times their largest magnitude.
+    upstream_scale: Tensor  # scalar
 
 
 class SharedExponentials(NamedTuple):

@@ -1,8 +1,8 @@
 """The modules: `CyCLIPLoss`; `ClipLoss`, in place of OpenCLIP's; and the penalties alone.
 
 A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across
-ranks, the gather of the columns runs while the Gram matrices are computed, and their all-reduce
-runs while the contrastive terms are.
+ranks, columns are gathered while the Gram matrices are computed, and these are all-reduced while
+the contrastive terms are computed.
 
 The modules are dataclasses. Most options are fields of their bases in `options.py`, in whose order
 `help(CyCLIPLoss)` shows them.

@@ -44,7 +44,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     if traced:
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
         # is one graph. On a CPU "auto" is eager, whose exponentials are shared. Else the operators
-        # choose the engine when they run, and raise the errors of an eager call.
+        # choose the engine when they run, and raise the errors of an uncompiled call.
         is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         asked = engines.IMPL_OF_AUTO if impl == "auto" else impl
         is_eager = is_compiled and features.is_cpu and asked in ("auto", "eager")

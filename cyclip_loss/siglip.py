@@ -194,7 +194,7 @@ def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         products = row_features @ column_features.to(dtype).T
-        x = products.mul(logits.logit_scale).add_(logit_bias)  # -y_ij l_ij
+        x = products.mul(logits.logit_scale).add_(logit_bias)  # l_ij; pairs are negated below
         if logits.has_pairs():
             pairs = x.diagonal()
             detached = pairs.detach()

@@ -34,7 +34,7 @@ def factors_kernel(
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The transposes of what U and V are multiplied by, zero-padded and rounded; and their means.
+    """The transposes of what U and V are multiplied by, zero-padded and rounded; means of U and V.
 
     The means are added here, because `cyclic_grads_kernel` has no registers for them.
     """

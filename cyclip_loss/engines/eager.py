@@ -97,7 +97,8 @@ def contrastive_lse(logits: Logits, exponentials: SharedExponentials | None = No
     w_i = exp(m_i - max m). Each w_i E_ij may lose 3 * tiny, the smallest normal number, where a
     factor or the product underflows: a column 3 n * tiny. In a sum of 4 n * tiny / eps or more,
     that is less than its rounding. If a sum is smaller (e^-61 for n = 4,096 in float32, where the
-    largest exponential is 1), columns get exponentials of their own, and their `row_max` is NaN.
+    largest exponential is 1), columns are computed with their own exponentials, and all of
+    `exponentials.row_max` is set to NaN.
     """
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
