@@ -167,7 +167,7 @@ N, D = 65536, 4096
     ("options", "largest"),
     [
         ({"n": N, "d": 64, "lambdas": (0, 0)}, N * N / 16),
-        ({"n": N, "d": 64, "lambdas": (0, 0), "frozen": frozenset(INPUTS)}, N * N / 128),
+        ({"n": N, "d": 64, "lambdas": (0, 0), "frozen": INPUTS}, N * N / 128),
         ({"n": 3000, "d": D, "lambdas": (0.5, 0.25)}, 4 * D * D),
     ],
     ids=str,

@@ -101,7 +101,7 @@ def flops(case):
     return counter.get_total_flops()
 
 
-ONLY_TEXT = frozenset(["image_features", "logit_scale"])
+ONLY_TEXT = ("image_features", "logit_scale")
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ ONLY_TEXT = frozenset(["image_features", "logit_scale"])
         ({}, 6, 0),
         ({"n": 41}, 8, 0),
         ({"frozen": ONLY_TEXT}, 4, 0),
-        ({"frozen": frozenset(INPUTS)}, 2, 0),
+        ({"frozen": INPUTS}, 2, 0),
         ({"lambdas": (0.25, 0.25)}, 6, 7),
         ({"lambdas": (0.25, 0.5)}, 6, 13),
         ({"function": "siglip"}, 6, 0),
-        ({"function": "siglip", "frozen": frozenset([*INPUTS, "logit_bias"])}, 2, 0),
+        ({"function": "siglip", "frozen": (*INPUTS, "logit_bias")}, 2, 0),
         # Dense: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
         ({"n": 12}, 6, 0),
         ({"n": 12, "lambdas": (0.25, 0.5)}, 12, 0),
