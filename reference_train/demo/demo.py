@@ -21,7 +21,7 @@ from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
 from ..runs import PARAMETERS, code_version
 from .batches import EmojiBatches
 from .model import MODEL, TINY, build_model
-from .train import REFERENCE_BATCH_SIZE, build_loss, model_inputs, train
+from .train import REFERENCE_BATCH_SIZE, build_loss, step_loss, train
 
 PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
@@ -43,7 +43,7 @@ EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
   python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
-  python -m reference_train locked     CLIP and CyCLIP on a pretrained image tower
+  python -m reference_train compare    which loss for your pairs, on a pretrained image tower
   python -m reference_train report     makes the table of evaluations again"""
 
 
@@ -128,8 +128,8 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         (out / name).mkdir(exist_ok=True)
         describe_model(config, out / name)
         loss_fn = build_loss(config, LOSSES[loss])
-        inputs = partial(model_inputs, config, clip, batches)
-        seconds = train(config, clip, loss_fn, inputs, out / name)
+        compute = partial(step_loss, config, clip, batches, loss_fn)
+        seconds = train(config, clip.model, compute, out / name)
         result["checkpoints"][name] = {**vars(config), "seconds": seconds}
         clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {

@@ -32,19 +32,20 @@ WARMUP_SHARE = 0.1  # of all steps
 
 def train(
     config: Namespace,
-    clip: Clip,
-    loss_fn: CyCLIPLoss | CySigLIPLoss,
-    inputs: Callable[[int], tuple[Tensor, Tensor]],
+    model: Any,
+    compute: Callable[[int], Tensor],
     folder: Path,
+    stop: int | None = None,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
+    """Trains the model in place, and saves `folder/checkpoint.pt`.
 
-    config: name, loss, steps and lr; the checkpoint keeps all that it has.
-    inputs: step -> the images and the tokens that the model gets.
+    config: name, steps and lr; the checkpoint keeps all that it has. compute: step -> the loss.
+    stop: after how many of the steps training ends; None: after all. after_step: called with the
+    number of steps done, in training mode.
 
     Returns the seconds it took. Raises `RunFailed` if the loss is not finite.
     """
-    model, loss = clip.model, LOSSES[config.loss]
     # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
@@ -53,9 +54,10 @@ def train(
     began = time.monotonic()
 
     model.train()
-    for step in track(range(config.steps), f"{config.name}, steps", config.steps):
+    steps = stop or config.steps
+    for step in track(range(steps), f"{config.name}, steps", steps):
         set_learning_rate(step)
-        total = compute_loss(clip, loss, loss_fn, *inputs(step))
+        total = compute(step)
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -64,6 +66,7 @@ def train(
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         if not math.isfinite(last_loss := total.item()):
             raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {step + 1}")
+        after_step(step + 1)
     model.eval()
     with atomic_write(folder / DEMONSTRATION) as temporary:
         torch.save({"config": vars(config), "state_dict": model.state_dict()}, temporary)
@@ -94,6 +97,12 @@ def model_inputs(
     views = 2 if LOSSES[config.loss].views else 1
     pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
     return torch.cat(pixels), tokens[:views].flatten(0, 1)
+
+
+def step_loss(config: Namespace, clip: Clip, data: EmojiBatches, loss_fn: Any, step: int) -> Tensor:
+    """The loss of the batch of a step."""
+    inputs = model_inputs(config, clip, data, step)
+    return compute_loss(clip, LOSSES[config.loss], loss_fn, *inputs)
 
 
 def compute_loss(clip: Clip, loss: Loss, loss_fn: Any, pixels: Tensor, tokens: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class Images:
         """
         if isinstance(self.places, Tensor):
             return zlib.crc32(self.places.numpy().tobytes())
-        written = {path: path.stat().st_mtime_ns for path in {path for path, *_ in self.places}}
+        paths = {path for path, *_ in self.places}
+        written = {path: path.stat().st_mtime_ns if path.exists() else 0 for path in paths}
         return [(path.name, written[path], *place) for path, *place in self.places]
 
 
