@@ -1,48 +1,51 @@
 """The answer: a sentence by rule, a table with paired intervals, a picture, and code to paste."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from scipy import stats
 
-from cyclip_loss.options import PRESETS, as_keywords
+from cyclip_loss.options import as_keywords
 
 from ..files import atomic_write, write_text
-from .training import SETTINGS
+from .training import LOSSES
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 
 FEWEST_PAIRS, FEWEST_SEEDS = 500, 3
 CLIP = "clip"
+BOTH, INDEX = "R@10, both ways", "one index, top 10, both queries: as trained"
+# Title -> the numbers whose mean it is. The five nearest images and the five nearest texts, merged,
+# have a right answer as often as the five nearest of the other modality.
 MEASURES = {
-    "r10": "R@10, both ways",
-    "image_to_text_r1": "image→text, R@1",
-    "image_to_text_r5": "– R@5",
-    "image_to_text_r10": "– R@10",
-    "text_to_image_r1": "text→image, R@1",
-    "text_to_image_r5": "– R@5",
-    "text_to_image_r10": "– R@10",
-    "mixed_r10": "one index, top 10, image query: as trained",
-    "mixed_r10_standardized": "– scores standardised",
-    # The five nearest images and the five nearest texts: R@5 of the other modality.
-    "two_lists_image_query": "– two lists merged",
-    "mixed_text_query_r10": "one index, top 10, text query: as trained",
-    "mixed_text_query_r10_standardized": "– scores standardised",
-    "two_lists_text_query": "– two lists merged",
-    "top1": "zero-shot top-1",
+    BOTH: ("image_to_text_r10", "text_to_image_r10"),
+    "image→text, R@1": ("image_to_text_r1",),
+    "– R@5": ("image_to_text_r5",),
+    "– R@10": ("image_to_text_r10",),
+    "text→image, R@1": ("text_to_image_r1",),
+    "text→image, R@5": ("text_to_image_r5",),
+    "text→image, R@10": ("text_to_image_r10",),
+    INDEX: ("mixed_r10", "mixed_text_query_r10"),
+    "– scores standardised": ("mixed_r10_standardized", "mixed_text_query_r10_standardized"),
+    "– two lists merged": ("image_to_text_r5", "text_to_image_r5"),
+    "one index, image query: as trained": ("mixed_r10",),
+    "image query, scores standardised": ("mixed_r10_standardized",),
+    "image query, two lists merged": ("image_to_text_r5",),
+    "one index, text query: as trained": ("mixed_text_query_r10",),
+    "text query, scores standardised": ("mixed_text_query_r10_standardized",),
+    "text query, two lists merged": ("text_to_image_r5",),
+    "zero-shot top-1": ("top1",),
 }
-SHOWN = {  # in the picture
-    "r10": "R@10, both ways",
-    "one_index": "one index, as trained",
-    "one_index_standardized": "– scores standardised",
-    "two_lists": "– two lists merged",
-}
-MARKERS = "osD^v"
-Runs = dict[str, dict[int, dict[str, float]]]  # loss -> seed -> numbers
+DRAWN = (BOTH, INDEX, "– scores standardised", "– two lists merged")
+MARKERS = "osD"
+# Loss -> its runs in the order of their seeds, each the numbers by name.
+Runs = dict[str, list[dict[str, float]]]
 
 
 class Interval(NamedTuple):
@@ -52,89 +55,98 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.difference:+.1f} ({self.low:.1f} to {self.high:.1f})".replace("-", "−")
+    @property
+    def range(self) -> str:
+        """The interval in brackets."""
+        return f"({self.low:.1f} to {self.high:.1f})".replace("-", "−")
 
 
-def paired(differences: list[float]) -> Interval:
+def values(runs: Runs, loss: str, title: str) -> np.ndarray:
+    """A measure of the runs of a loss, in %."""
+    return np.array([100 * mean(run[name] for name in MEASURES[title]) for run in runs[loss]])
+
+
+def paired(differences: Sequence[float] | np.ndarray) -> Interval:
     """The mean of the differences of each seed, with Student's interval."""
-    if len(differences) < FEWEST_SEEDS:
-        return Interval(mean(differences), math.nan, math.nan)
-    half = stats.t.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
-    return Interval(mean(differences), mean(differences) - half, mean(differences) + half)
+    centre, half = float(np.mean(differences)), math.nan
+    if (count := len(differences)) >= FEWEST_SEEDS:
+        deviation = float(np.std(differences, ddof=1))
+        half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return Interval(centre, centre - half, centre + half)
 
 
-def compare(runs: Runs, loss: str, measure: str) -> Interval:
-    """A loss against CLIP, paired by seed."""
-    return paired([100 * (runs[loss][i][measure] - runs[CLIP][i][measure]) for i in runs[CLIP]])
+def against_clip(runs: Runs, loss: str, title: str) -> Interval:
+    """The difference of a loss to CLIP, paired by seed."""
+    return paired(values(runs, loss, title) - values(runs, CLIP, title))
 
 
 def chosen(validation: Runs) -> str:
-    """The loss that is ahead of CLIP in the validation part's R@10, by most; else the least behind.
+    """The loss with the best R@10 of the validation part, CLIP's aside.
 
     It is chosen there, so that its interval on the test pairs is that of one comparison.
     """
-    others = [loss for loss in validation if loss != CLIP]
-    return max(others, key=lambda loss: compare(validation, loss, "r10").difference)
+    return max(
+        (x for x in validation if x != CLIP), key=lambda x: values(validation, x, BOTH).mean()
+    )
 
 
 def sentence(runs: Runs, loss: str, pairs: int, test_pairs: int, batch_size: int) -> str:
     """What to do, by rule."""
     where = f"On these {pairs:,} pairs, in batches of {batch_size:,},"
-    if test_pairs < FEWEST_PAIRS or len(runs[CLIP]) < FEWEST_SEEDS:
+    seeds = len(runs[CLIP])
+    if test_pairs < FEWEST_PAIRS or seeds < FEWEST_SEEDS:
         return (
             f"{where} it can't be told which loss is better: there are {test_pairs:,} test pairs "
-            f"and {len(runs[CLIP])} seeds, and it takes {FEWEST_PAIRS} and {FEWEST_SEEDS}."
+            f"and {seeds} seeds, and it takes {FEWEST_PAIRS} and {FEWEST_SEEDS}."
         )
-    found, index = (compare(runs, loss, measure) for measure in ("r10", "one_index"))
-    interval = f"({found.low:.1f} to {found.high:.1f})".replace("-", "−")
-    if found.low > 0:
-        mixed, advice = "no difference is shown", "Use it for retrieval"
-        if index.low > 0:
-            mixed = f"it finds {index.difference:.1f} points more"
-        elif index.high < 0:
-            mixed = f"it loses {-index.difference:.1f}"
-            advice += "; search twice for mixed results"
-        return (
-            f"{where} *{loss}* finds {found.difference:.1f} points more {interval} of the right "
-            f"texts and images in the top 10 than CLIP; in one index as trained {mixed}. {advice}."
-        )
+    found, index = (against_clip(runs, loss, title) for title in (BOTH, INDEX))
+    if found.low <= 0 <= found.high:
+        return f"{where} no difference was shown {found.range}; keep CLIP's loss."
+    size = f"{abs(found.difference):.1f} points {'more' if found.low > 0 else 'fewer'}"
+    begin = f"{where} *{loss}* finds {size} {found.range} of the right texts and images in the "
+    begin += "top 10 than CLIP; "
     if found.high < 0:
-        return (
-            f"{where} *{loss}* finds {-found.difference:.1f} points fewer of the right texts and "
-            f"images in the top 10 than CLIP {interval}; keep CLIP's loss."
+        return f"{begin}keep CLIP's loss."
+    if index.high < 0:
+        mixed = (
+            f"loses {-index.difference:.1f}. Use it for retrieval; search twice for mixed results"
         )
-    return f"{where} no difference was shown {interval}; keep CLIP's loss."
+    elif index.low > 0:
+        mixed = f"finds {index.difference:.1f} more. Use it"
+    else:
+        mixed = "shows no difference. Use it for retrieval"
+    return f"{begin}in one index as trained it {mixed}."
 
 
 def table(runs: Runs) -> str:
     """A row for each measure: CLIP's mean, and the differences of the other losses."""
     others = [loss for loss in runs if loss != CLIP]
-    lines = [f"| in % | CLIP | {' | '.join(others)} |", "|---|---:" + "|---:" * len(others) + "|"]
-    measures = {x for numbers in runs[CLIP].values() for x in numbers}
-    for measure, title in MEASURES.items():
-        if measure in measures:
-            clip = 100 * mean(numbers[measure] for numbers in runs[CLIP].values())
-            cells = []
+    lines = [f"| in % | CLIP | {' | '.join(others)} |", f"|---|---:|{'---:|' * len(others)}"]
+    for title, names in MEASURES.items():
+        if {*names} <= {*runs[CLIP][0]}:
+            cells = [f"{values(runs, CLIP, title).mean():.1f}"]
             for loss in others:
-                found = compare(runs, loss, measure)
-                mark = " ▲" * (found.low > 0) + " ▼" * (found.high < 0)
-                cells.append(f"{clip + found.difference:.1f}, {found}{mark}")
-            lines.append(f"| {title} | {clip:.1f} | {' | '.join(cells)} |")
+                found = against_clip(runs, loss, title)
+                mark = " ▲" if found.low > 0 else " ▼" if found.high < 0 else ""
+                difference = f"{found.difference:+.1f}".replace("-", "−")
+                mean_ = values(runs, loss, title).mean()
+                cells.append(f"{mean_:.1f}, {difference} {found.range}{mark}")
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(runs: Runs, file: Path) -> None:
     """Points from CLIP with 95% intervals. A filled marker is a difference that is shown."""
-    others = [loss for loss in runs if loss != CLIP]
     with plt.rc_context({"font.size": 13.5}):
-        figure, axes = plt.subplots(figsize=(5, 1.6 + 1.1 * len(SHOWN)), layout="constrained")
-        for y, (measure, title) in enumerate(SHOWN.items()):
-            axes.text(0.01, y - 0.42, title, transform=axes.get_yaxis_transform())
-            for i, loss in enumerate(others):
-                found, place = compare(runs, loss, measure), y - 0.12 + 0.5 * i / len(others)
-                axes.plot([found.low, found.high], [place, place], color="black")
-                is_shown = found.low > 0 or found.high < 0
+        figure, axes = plt.subplots(figsize=(5, 1.5 + 1.2 * len(DRAWN)), layout="constrained")
+        for y, title in enumerate(DRAWN):
+            axes.text(0.01, y - 0.35, title, transform=axes.get_yaxis_transform())
+            for i, loss in enumerate(runs):
+                if loss == CLIP:
+                    continue
+                found = against_clip(runs, loss, title)
+                place, is_shown = y - 0.3 + 0.2 * i, not found.low <= 0 <= found.high
+                axes.plot(found[1:], [place, place], color="black")
                 axes.plot(
                     found.difference,
                     place,
@@ -144,73 +156,58 @@ def draw(runs: Runs, file: Path) -> None:
                     label=None if y else loss,
                 )
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(
-            ylim=(len(SHOWN) - 0.3, -0.7), yticks=[], xlabel="points from CLIP's, 95% intervals"
-        )
+        axes.set(ylim=(len(DRAWN) - 0.3, -0.8), yticks=[], xlabel="points from CLIP's loss")
         figure.legend(loc="outside upper left", ncols=3, fontsize="small")
         with atomic_write(file) as temporary:
             figure.savefig(temporary, dpi=160, format="png")
         plt.close(figure)
 
 
-def code(loss: str) -> str:
-    """How to train with a loss: PyTorch, and OpenCLIP's flags."""
-    name, preset = SETTINGS[loss]
-    options = dict(PRESETS[preset])
-    warmup = options.pop("lambda_warmup", None)
-    weights = {
-        "clip": {"lambda_inmodal": 0, "lambda_crossmodal": 0},
-        "i-cyclip": {"lambda_crossmodal": 0},
-        "c-cyclip": {"lambda_inmodal": 0},
-    }.get(name, {})
-    lines = [f"loss_fn = CyCLIPLoss({as_keywords(weights | options)})"]
-    if warmup:
-        lines.append(f"# Raise both lambdas from 0 over the first {warmup:.0%} of the steps.")
-    flags = " ".join(
-        [*(["--penalties", preset] if name != "clip" else []), "--same-captions ignored"]
-    )
-    return "\n".join(
-        [
-            "```python",
-            *lines,
-            "loss = loss_fn(image_features, text_features, logit_scale, ids=ids)",
-            "```",
-            "",
-            "```sh",
-            f"python -m cyclip_loss.open_clip_train … {flags}",
-            "```",
-        ]
-    )
-
-
-def write(out: Path, runs: Runs, validation: Runs, about: dict[str, Any]) -> str:
+def write(out: Path, runs: Runs, validation: Runs, about: dict[str, Any], facts: list[str]) -> str:
     """Writes answer.md and answer.png, and returns the sentence.
 
-    about: pairs, test_pairs, batch_size, facts (a line each), and best: the run to search with.
+    about: pairs, test_pairs and batch_size. facts: what the report says of the data, a line each.
     """
     loss = chosen(validation)
-    sizes = about["pairs"], about["test_pairs"], about["batch_size"]
-    first = sentence(runs, loss, *sizes)
-    shown = [loss] if "keep CLIP's loss" not in first and "can't be told" not in first else []
-    search = f"""```python
-from reference_train.compare.model import Search
+    first = sentence(runs, loss, **about)
+    best = max(range(len(validation[loss])), key=lambda i: values(validation, loss, BOTH)[i])
+    options = dict(LOSSES[loss])
+    warmup = options.pop("lambda_warmup", None)
+    raised = "" if warmup is None else f"  # λ rises from 0 over {warmup:.0%} of the steps"
+    text = f"""\
+# {first}
 
-search = Search("{out.as_posix()}/{about["best"]}")
-gallery = search.encode_images(["a.jpg", "b.jpg"])
-print((search.encode_texts(["a red shoe"]) @ gallery.T).argmax())
-```"""
-    parts = [
-        f"# {first}",
-        "![Points from CLIP's loss, with 95% intervals](answer.png)",
-        table(runs),
-        "Means, and differences to CLIP with their 95% intervals, paired by seed; ▲ ahead, ▼ behind, "
-        "else no difference is shown. The intervals are those of other seeds on these test pairs.",
-        "\n".join(f"- {fact}" for fact in about["facts"]),
-        "## Train with it",
-        *(code(x) for x in shown or [CLIP]),
-        f"## Search with `{about['best']}`",
-        search,
-    ]
+![Points from CLIP's loss, with 95% intervals](answer.png)
+
+{table(runs)}
+
+Means of {len(runs[CLIP])} seeds, and differences to CLIP with 95% intervals, paired by seed: ▲ ahead,
+▼ behind, else no difference is shown. The sentence is about the loss that was best in the validation
+part. The intervals cover other seeds, for these test pairs.
+
+- {f"{chr(10)}- ".join(facts)}
+
+## To train with *{loss}*
+
+```python
+loss_fn = CyCLIPLoss({as_keywords(options)}){raised}
+loss = loss_fn(image_features, text_features, logit_scale, ids=ids)
+```
+
+```sh
+python -m cyclip_loss.open_clip_train --penalties {loss} --same-captions ignored …
+```
+
+## To search with the best run of it
+
+```python
+from reference_train.compare.model import load
+clip = load("{out.as_posix()}/{loss}-{best + 1}")
+images = [Image.open(file).convert("RGB") for file in files]
+gallery = normalize(clip.encode_images(images, torch.arange(len(images))), dim=-1)
+print(files[(clip.encode_texts(["a red shoe"]) @ gallery.T).argmax()])
+```
+"""
     draw(runs, out / "answer.png")
-    write_text("\n\n".join(parts) + "\n", out / "answer.md")
+    write_text(text, out / "answer.md")
     return first

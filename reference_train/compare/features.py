@@ -24,7 +24,7 @@ class Features:
 
     def __init__(self, file: Path, count: int, width: int):
         """Continues the file, or begins it. Raises `UsageError` if the disk is too small for it."""
-        self.file, self.shape = file, count
+        self.file, self.count, self.width = file, count, width
         self.dtype = np.dtype([("digest", "<u8"), ("features", "<f2", (width,))])
         size = count * self.dtype.itemsize
         if not file.exists() or file.stat().st_size != size:
@@ -38,7 +38,7 @@ class Features:
         Whoever reads maps the file anew each time, because the pages that a map has read count as
         the process's memory as long as the map lives.
         """
-        return np.memmap(self.file, self.dtype, mode, shape=self.shape)
+        return np.memmap(self.file, self.dtype, mode, shape=(self.count,))
 
     def digests(self) -> np.ndarray:
         """The digest of each row, (n,) uint64."""
@@ -61,7 +61,7 @@ class Features:
         if not len(missing):
             return
         start = int(missing[0]) // CHUNK * CHUNK
-        total = -(-(self.shape - start) // CHUNK)
+        total = -(-(self.count - start) // CHUNK)
         for number, (digests, features) in enumerate(track(encode(start), text, total)):
             first = start + number * CHUNK
             rows = self.open("r+")[first : first + len(digests)]

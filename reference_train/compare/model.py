@@ -1,4 +1,4 @@
-"""The part that is trained: a linear head on each frozen tower, or a small text tower."""
+"""What is trained: a linear head on each frozen tower, or a small text tower."""
 
 import math
 from pathlib import Path
@@ -8,10 +8,9 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.transformer import TextTransformer
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
+from ..evaluate.checkpoints import DEMONSTRATION, Clip
 from ..runs import load_checkpoint
 from . import towers
 
@@ -41,91 +40,69 @@ class Words(nn.Module):
 
 
 class Model(nn.Module):
-    """The heads. The image head gets the features of the frozen image tower.
+    """Two heads, with OpenCLIP's names. The features of both are not normalised.
 
-    The text head gets those of the frozen text tower or, without one, tokens.
+    encode_image gets the features of the frozen image tower; encode_text those of the frozen text
+    tower or, without one, tokens.
     """
 
     def __init__(self, config: dict[str, Any]):
-        """config: image_width; text, which is frozen, words or transformer; text_width (frozen) or
+        """config: image_width; text: frozen, words or transformer; text_width if frozen, else
         known, the number of known tokens.
         """
         super().__init__()
-        self.visual = head(config["image_width"])
-        self.known: Tensor
-        if config["text"] == "frozen":
-            self.text = head(config["text_width"])
-        else:
-            self.register_buffer("known", torch.zeros(config["known"], dtype=torch.long))
-            if config["text"] == "words":
-                self.text = Words(config["known"])
-            else:
-                self.text = TextTransformer(
-                    CONTEXT_LENGTH,
-                    config["known"],
-                    TEXT_WIDTH,
-                    heads=2,
-                    layers=2,
-                    output_dim=EMBED_DIM,
-                )
+        text, known = config["text"], config["known"]
+        self.encode_image = head(config["image_width"])
+        self.register_buffer("known", torch.zeros(known, dtype=torch.int32))
+        self.encode_text = (
+            head(config["text_width"])
+            if text == "frozen"
+            else Words(known)
+            if text == "words"
+            else TextTransformer(
+                CONTEXT_LENGTH, known, TEXT_WIDTH, heads=2, layers=2, output_dim=EMBED_DIM
+            )
+        )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """images: (N, width). texts: (N, width or tokens). Features have unit length."""
-        return {
-            "image_features": normalize(self.visual(images), dim=-1),
-            "text_features": normalize(self.text(texts), dim=-1),
-            "logit_scale": self.logit_scale.exp(),
-        }
 
 
 def head(width: int) -> nn.Sequential:
     """A linear head on features that are standardised row by row."""
-    return nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, EMBED_DIM))
+    standardize = nn.LayerNorm(width, elementwise_affine=False)
+    return nn.Sequential(standardize, nn.Linear(width, EMBED_DIM))
 
 
-def tokenize(texts: list[str]) -> np.ndarray:
-    """OpenCLIP's tokens, (m, L) int32. Columns that no text reaches are left out."""
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
-    chunks = (texts[i : i + TOKENIZED] for i in range(0, len(texts), TOKENIZED))
-    tokens = np.concatenate([tokenizer(chunk).int().numpy() for chunk in chunks])
-    found: np.ndarray = tokens[:, tokens.any(axis=0)]
-    return found
+class Tokenizer:
+    """OpenCLIP's tokens as their places among the known ones. Others become 0: no token."""
+
+    def __init__(self, known: Tensor | None = None):
+        """known: ascending from 0; None: all tokens keep their numbers."""
+        self.tokenize = open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
+        self.known = known
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """(m, L) int32. Columns that no text reaches are left out."""
+        chunks = (texts[i : i + TOKENIZED] for i in range(0, len(texts), TOKENIZED))
+        tokens = torch.cat([self.tokenize(chunk).int() for chunk in chunks])
+        tokens = tokens[:, tokens.any(dim=0)]
+        return tokens if self.known is None else renumber(tokens, self.known)
 
 
-def renumber(tokens: np.ndarray, known: np.ndarray) -> np.ndarray:
+def renumber(tokens: Tensor, known: Tensor) -> Tensor:
     """The tokens as their places among the known ones, which ascend from 0. Others become 0."""
-    places = np.searchsorted(known, tokens).clip(max=len(known) - 1)
-    found: np.ndarray = np.where(known[places] == tokens, places, 0).astype(np.int32)
-    return found
+    places = torch.searchsorted(known, tokens, out_int32=True).clamp(max=len(known) - 1)
+    return places.where(known[places] == tokens, 0)
 
 
-class Search:
-    """A trained model with its towers, to search with."""
-
-    def __init__(self, run: str | Path, device: str = "cpu"):
-        """Loads a run of `compare`. run: its folder."""
-        content = load_checkpoint(Path(run) / "checkpoint.pt")
-        config = content["config"]
-        self.tower = towers.load(config["tower"], config["image_size"], torch.device(device))
-        self.is_frozen = config["text"] == "frozen"
-        self.model = Model(config).to(device).eval()
-        self.model.load_state_dict(content["state_dict"])
-
-    @torch.inference_mode()
-    def encode_images(self, files: list[str]) -> Tensor:
-        """(m, D) features of unit length."""
-        pixels = [self.tower.preprocess(Image.open(file).convert("RGB")) for file in files]
-        features = self.tower.encode_images(torch.stack(pixels))
-        return normalize(self.model.visual(features.to(self.tower.device)), dim=-1)
-
-    @torch.inference_mode()
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """(m, D) features of unit length."""
-        if self.is_frozen:
-            assert self.tower.clip is not None
-            inputs = self.tower.clip.encode_texts(texts)
-        else:
-            known = self.model.known.cpu().numpy()
-            inputs = torch.from_numpy(renumber(tokenize(texts), known))
-        return normalize(self.model.text(inputs.to(self.tower.device)), dim=-1)
+def load(run: str | Path, device: str = "cpu") -> Clip:
+    """A run of `compare` with its towers. run: its folder."""
+    content = load_checkpoint(Path(run) / DEMONSTRATION)
+    config = content["config"]
+    tower = towers.load(config["tower"], torch.device(device))
+    model = Model(config).to(device).eval()
+    model.load_state_dict(content["state_dict"])
+    model.encode_image = nn.Sequential(tower.model, model.encode_image)
+    tokenizer = tower.clip.encode_texts if tower.clip else Tokenizer(model.known.cpu())
+    if config["text"] != "frozen":
+        tokenizer = Tokenizer(model.known.cpu())
+    return Clip(model, tower.preprocess, tokenizer, tower.device)

@@ -108,18 +108,15 @@ def captions(concept: Concept) -> list[str]:
     ]
 
 
-def same_ids(rows: np.ndarray, digests: np.ndarray) -> np.ndarray:
+def same_ids(rows: np.ndarray) -> np.ndarray:
     """An id for each pair, (n,): pairs that share an image or a text, or are linked by others that
     do, have the same.
-
-    digests: (n,), equal for the rows of equal images.
     """
-    image, text = (np.unique(x, return_inverse=True)[1] for x in (digests, rows[:, 1]))
-    nodes = image.max() + text.max() + 2
-    edges = coo_array((np.ones(len(rows)), (image, image.max() + 1 + text)), (nodes, nodes))
-    found = connected_components(edges, directed=False)[1][image]
-    ids: np.ndarray = found.astype(np.int64)
-    return ids
+    images, texts = rows.max(axis=0) + 1
+    nodes = images + texts
+    edges = coo_array((np.ones(len(rows)), (rows[:, 0], images + rows[:, 1])), (nodes, nodes))
+    ids: np.ndarray = connected_components(edges, directed=False)[1][rows[:, 0]]
+    return ids.astype(np.int64)
 
 
 def split(ids: np.ndarray, is_test: np.ndarray) -> dict[str, np.ndarray]:
