@@ -1,1 +1,1 @@
-"""`python -m reference_train compare`: which loss for my pairs? `compare.py` has the order of things."""
+"""Which loss for my pairs? `compare.py` has the order of things."""

@@ -174,6 +174,11 @@ def write(out: Path, runs: Runs, validation: Runs, about: dict[str, Any], facts:
     options = dict(LOSSES[loss])
     warmup = options.pop("lambda_warmup", None)
     raised = "" if warmup is None else f"  # λ rises from 0 over {warmup:.0%} of the steps"
+    reading = (
+        f"Means of {len(runs[CLIP])} seeds, and differences to CLIP with 95% intervals, paired by "
+        "seed: ▲ ahead, ▼ behind, else no difference is shown. The sentence is about the loss that "
+        "was best in the validation part. The intervals cover other seeds, for these test pairs."
+    )
     text = f"""\
 # {first}
 
@@ -181,9 +186,7 @@ def write(out: Path, runs: Runs, validation: Runs, about: dict[str, Any], facts:
 
 {table(runs)}
 
-Means of {len(runs[CLIP])} seeds, and differences to CLIP with 95% intervals, paired by seed: ▲ ahead,
-▼ behind, else no difference is shown. The sentence is about the loss that was best in the validation
-part. The intervals cover other seeds, for these test pairs.
+{reading}
 
 - {f"{chr(10)}- ".join(facts)}
 

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 from open_clip.transformer import TextTransformer
@@ -102,7 +101,7 @@ def load(run: str | Path, device: str = "cpu") -> Clip:
     model = Model(config).to(device).eval()
     model.load_state_dict(content["state_dict"])
     model.encode_image = nn.Sequential(tower.model, model.encode_image)
-    tokenizer = tower.clip.encode_texts if tower.clip else Tokenizer(model.known.cpu())
-    if config["text"] != "frozen":
-        tokenizer = Tokenizer(model.known.cpu())
+    tokenizer: Any = Tokenizer(model.known.cpu())
+    if config["text"] == "frozen" and tower.clip:
+        tokenizer = tower.clip.encode_texts
     return Clip(model, tower.preprocess, tokenizer, tower.device)
