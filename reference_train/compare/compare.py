@@ -17,7 +17,7 @@ from ..files import locked, write_text
 from ..runs import code_version
 from . import answer, towers
 from .features import UNREADABLE
-from .model import Model, Tokenizer, renumber
+from .model import Model, Tokenizer
 from .pairs import SPLIT_SEED, Pairs, read, read_shipped, same_ids, split
 from .training import LOSSES, Data, batches, measure, train_run
 
@@ -92,21 +92,22 @@ def prepare(arguments: Namespace) -> tuple[Data, torch.Tensor, dict[str, Any], l
     ids = same_ids(pairs.rows)
     parts = split(ids, pairs.is_test)
     classes = read_classes(arguments.classes) if arguments.classes else []
-    config = {"tower": name, "text": kind, "image_width": images.width}
+    config: dict[str, Any] = {"tower": name, "text": kind, "image_width": images.width}
     if kind == "frozen":
         if not (clip := tower.clip):
             raise UsageError(f"--text-tower frozen: {name} has no text tower")
         known = torch.empty(0, dtype=torch.int32)
         texts: Any = towers.text_features(tower, clip, pairs.texts, out)
-        config["text_width"] = texts.width
+        config |= {"text_width": texts.width, "known": 0, "length": 0}
         class_texts = clip.encode_texts(classes) if classes else None
     else:
-        tokens = Tokenizer()(pairs.texts)
-        used = tokens[np.unique(pairs.rows[parts["train"], 1])]
-        known = torch.cat([torch.zeros(1, dtype=torch.int32), used.flatten()]).unique()
-        texts = renumber(tokens, known)
-        class_texts = Tokenizer(known)(classes) if classes else None
-    config["known"] = len(known)
+        trained = np.unique(pairs.rows[parts["train"], 1]).tolist()
+        tokens = Tokenizer()([pairs.texts[i] for i in trained])
+        known = torch.cat([torch.zeros(1, dtype=torch.int32), tokens.flatten()]).unique()
+        config |= {"known": len(known), "length": int(tokens.any(dim=0).sum())}
+        tokenizer = Tokenizer(config["length"], known)
+        texts = tokenizer(pairs.texts)
+        class_texts = tokenizer(classes) if classes else None
     data = Data(images, texts, pairs.rows, ids, parts, class_texts)
     if classes:
         data.labels = label(pairs, parts["test"], classes)

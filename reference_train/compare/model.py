@@ -14,7 +14,7 @@ from ..runs import load_checkpoint
 from . import towers
 
 EMBED_DIM, TEXT_WIDTH = 256, 128
-CONTEXT_LENGTH = 32  # tokens of a text; the rest is cut off
+CONTEXT_LENGTH = 32  # tokens of a text, at most; the rest is cut off
 TOKENIZED = 4096  # texts that are tokenised together
 
 
@@ -46,8 +46,8 @@ class Model(nn.Module):
     """
 
     def __init__(self, config: dict[str, Any]):
-        """config: image_width; text: frozen, words or transformer; text_width if frozen, else
-        known, the number of known tokens.
+        """config: image_width; text: frozen, words or transformer; text_width if frozen; known and
+        length, the numbers of known tokens and of those of a text.
         """
         super().__init__()
         text, known = config["text"], config["known"]
@@ -59,7 +59,7 @@ class Model(nn.Module):
             else Words(known)
             if text == "words"
             else TextTransformer(
-                CONTEXT_LENGTH, known, TEXT_WIDTH, heads=2, layers=2, output_dim=EMBED_DIM
+                config["length"], known, TEXT_WIDTH, heads=2, layers=2, output_dim=EMBED_DIM
             )
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -74,23 +74,19 @@ def head(width: int) -> nn.Sequential:
 class Tokenizer:
     """OpenCLIP's tokens as their places among the known ones. Others become 0: no token."""
 
-    def __init__(self, known: Tensor | None = None):
+    def __init__(self, length: int = CONTEXT_LENGTH, known: Tensor | None = None):
         """known: ascending from 0; None: all tokens keep their numbers."""
-        self.tokenize = open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
+        self.tokenize = open_clip.SimpleTokenizer(context_length=length)
         self.known = known
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """(m, L) int32. Columns that no text reaches are left out."""
+        """(m, length) int32."""
         chunks = (texts[i : i + TOKENIZED] for i in range(0, len(texts), TOKENIZED))
         tokens = torch.cat([self.tokenize(chunk).int() for chunk in chunks])
-        tokens = tokens[:, tokens.any(dim=0)]
-        return tokens if self.known is None else renumber(tokens, self.known)
-
-
-def renumber(tokens: Tensor, known: Tensor) -> Tensor:
-    """The tokens as their places among the known ones, which ascend from 0. Others become 0."""
-    places = torch.searchsorted(known, tokens, out_int32=True).clamp(max=len(known) - 1)
-    return places.where(known[places] == tokens, 0)
+        if (known := self.known) is None:
+            return tokens
+        places = torch.searchsorted(known, tokens, out_int32=True).clamp(max=len(known) - 1)
+        return places.where(known[places] == tokens, 0)
 
 
 def load(run: str | Path, device: str = "cpu") -> Clip:
@@ -101,7 +97,7 @@ def load(run: str | Path, device: str = "cpu") -> Clip:
     model = Model(config).to(device).eval()
     model.load_state_dict(content["state_dict"])
     model.encode_image = nn.Sequential(tower.model, model.encode_image)
-    tokenizer: Any = Tokenizer(model.known.cpu())
+    tokenizer: Any = Tokenizer(config["length"], model.known.cpu())
     if config["text"] == "frozen" and tower.clip:
         tokenizer = tower.clip.encode_texts
     return Clip(model, tower.preprocess, tokenizer, tower.device)

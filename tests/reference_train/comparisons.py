@@ -34,7 +34,7 @@ def make_data(folder, count, noise=1.0, width=WIDTH):
 
 def settings(data, steps, batch_size=64):
     """The settings that all runs share."""
-    model = {"text": "words", "image_width": data.images.width, "known": len(KNOWN)}
+    model = {"text": "words", "image_width": data.images.width, "known": len(KNOWN), "length": 4}
     return {**model, "batch_size": batch_size, "steps": steps}
 
 
