@@ -19,10 +19,9 @@ from cyclip_loss.options import PRESETS
 from ..demo.train import train
 from ..evaluate.interchange import one_index_numbers
 from ..evaluate.metrics import retrieval
-from .features import Features
+from .features import BLOCK, Features
 from .model import Model
 
-BLOCK = 4096  # rows that are encoded together
 LOSSES = {"clip": PRESETS["none"], **{x: PRESETS[x] for x in PRESETS if x != "none"}}
 
 

@@ -17,7 +17,7 @@ KNOWN = torch.arange(VOCABULARY + 1, dtype=torch.int32)  # 0 is no token
 def make_data(folder, count, noise=1.0, width=WIDTH):
     """Pairs of a text of four words, and an image whose features are the words' sum and noise."""
     rng = np.random.default_rng(0)
-    words = np.sort(rng.random((count, VOCABULARY)).argsort(axis=1)[:, :4], axis=1)
+    words = np.sort(rng.integers(VOCABULARY, size=(count, 4)), axis=1)
     of_words = rng.normal(size=(VOCABULARY, width))
     folder.mkdir(parents=True, exist_ok=True)
     images = Features(folder / "images.features", count, width)

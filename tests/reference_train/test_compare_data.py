@@ -343,6 +343,8 @@ from comparisons import make_data, settings, KNOWN
 from reference_train.compare import training
 from argparse import Namespace
 data = make_data(Path(sys.argv[1]), int(sys.argv[2]), width=1280)
+assert data.images.digests().all()
+data.parts["validation"] = data.parts["validation"][:1000]  # its limit is 2,000
 run = {"name": "clip", "loss": "clip", "seed": 0, "lr": 1e-3, "stop": None}
 config = Namespace(**settings(data, 30, 256), **run)
 began = time.monotonic()
@@ -354,7 +356,7 @@ print(json.dumps([peak / 1024, time.monotonic() - began]))
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """10,000 and 100,000 images, whose features have 26 and 257 MB."""
+    """10,000 and 100,000 images, whose features have 26 and 257 MB in the file."""
     peaks = []
     for count in (10_000, 100_000):
         command = [sys.executable, "-c", MEMORY, str(tmp_path / str(count)), str(count)]
@@ -362,5 +364,4 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             command, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
         )
         peaks.append(json.loads(found.splitlines()[-1])[0])
-    print(peaks)
-    assert peaks[1] - peaks[0] < 60
+    assert peaks[1] - peaks[0] < 40
