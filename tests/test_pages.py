@@ -33,7 +33,7 @@ def given():
 
 @pytest.mark.parametrize(
     ("page", "reference_batch_size"),
-    [("README.md", 32), ("docs/choosing.md", 128), ("docs/from_the_authors_code.md", None)],
+    [("README.md", 32), ("docs/lambda.md", 128), ("docs/from_the_authors_code.md", None)],
 )
 def test_the_loss_on_a_page_is_the_definition(page, reference_batch_size, given):
     """The README's block needs no other variables, and has the recommended settings."""
