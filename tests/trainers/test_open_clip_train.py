@@ -416,12 +416,12 @@ def test_bad_flags_are_refused(flag, wrong, message, capsys):
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
     """It is asked for on the device that OpenCLIP gives this rank."""
-    monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
+    monkeypatch.setattr("cyclip_loss.engines.triton.INTERPRETED", False)
     trainer, message = Trainer(ClipLoss()), "the kernels do not support meta"
     trainer.device = torch.device("meta")
     if is_broken:
-        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-        message = "import of cyclip_loss.kernels halted"
+        monkeypatch.setitem(sys.modules, "cyclip_loss.engines.triton", None)
+        message = "import of cyclip_loss.engines.triton halted"
     with pytest.raises(SystemExit, match=f"^cyclip_loss: --impl triton: .*{message}"):
         launch(trainer, monkeypatch, "--impl", "triton")
 
