@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import results
 from inputs import Case
-from processes import run_python
+from processes import ROOT, run_python
 
 from cyclip_loss import ClipLoss, CyCLIPLoss, CySigLIPLoss, SigLipLoss
 
@@ -150,7 +150,7 @@ import importlib.util, sys
 if "loss first" in sys.argv:
     import cyclip_loss
 import kernels
-assert kernels.__file__.startswith(sys.path[-1]), kernels
+assert kernels.__file__.startswith(sys.path[1]), kernels
 import cyclip_loss
 if importlib.util.find_spec("triton"):
     import cyclip_loss.engines.triton
@@ -165,6 +165,6 @@ def test_a_clone_does_not_hide_an_installed_package_named_kernels(order, tmp_pat
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").touch()
-    program = f"import sys; sys.path.append({str(tmp_path)!r})\n{OTHER_PACKAGE}"
+    program = f"import sys; sys.path[:0] = {[str(ROOT), str(tmp_path)]}\n{OTHER_PACKAGE}"
     run = run_python("-c", program, order)
     assert run.returncode == 0, run.stderr
