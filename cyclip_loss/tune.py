@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from triton.testing import do_bench
 
-import cyclip_loss.kernels as kernels
+from cyclip_loss.engines import triton as kernels
 from cyclip_loss.engines import verified
 from cyclip_loss.engines.eager import ELEMENTWISE
 from cyclip_loss.engines.verification import described

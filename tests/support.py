@@ -72,7 +72,6 @@ def _set_strip_rows(monkeypatch, rows):
     monkeypatch.setattr(eager, "GRAM_ROWS", rows)
     if HAS_TRITON:
         set_small_blocks(monkeypatch)
-        # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.
         for name, limit, value in (
             ("contrastive_lse", "PARTIAL_ELEMENTS", 1),
             ("contrastive_grads", "BLOCK_ROWS", 1),

@@ -35,7 +35,8 @@ from triton.runtime.driver import driver
 
 from benchmarks.gate.binary import CHIPS, inspect
 from benchmarks.run import Row, Run, table
-from cyclip_loss import CyCLIPLoss, CySigLIPLoss, kernels
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss
+from cyclip_loss.engines import triton as kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.numerics import triton_version
 

@@ -121,18 +121,18 @@ def _why_not_triton(features: Tensor, asked: str) -> str:
                 every_rank=True,
             )
         return problem
-    import cyclip_loss.kernels as kernels
+    from cyclip_loss.engines import triton
 
-    if not (features.is_cuda or kernels.INTERPRETED):
+    if not (features.is_cuda or triton.INTERPRETED):
         return unsupported
-    return f"D is above {kernels.MAX_D}" if features.shape[1] > kernels.MAX_D else ""
+    return f"D is above {triton.MAX_D}" if features.shape[1] > triton.MAX_D else ""
 
 
 @lru_cache
 def _import_problem() -> str:
     """Why the kernels cannot be imported: Triton is missing or broken. Empty if they can."""
     try:
-        import cyclip_loss.kernels  # noqa: F401
+        import cyclip_loss.engines.triton  # noqa: F401
     except Exception as error:
         return (
             f"the Triton kernels cannot be imported: {described(error)}. Install the Triton that "
@@ -144,5 +144,5 @@ def _import_problem() -> str:
 
 # By the engine's name: its module, and why it does not compute such features, empty if it does
 # (features, what was asked for: "auto" or the engine).
-MODULES = {"triton": "cyclip_loss.kernels"}
+MODULES = {"triton": "cyclip_loss.engines.triton"}
 ENGINES = {"triton": _why_not_triton}

@@ -44,7 +44,7 @@ class VerifiedKernels:
     """An engine: the functions of the kernels, or the eager functions where a kernel is wrong.
 
     Args:
-        kernels: an engine's module, such as `cyclip_loss.kernels`, which also has `platform_of`.
+        kernels: an engine's module, such as `engines.triton`, which also has `platform_of`.
         device, dtype: of the features. One wrong layout switches the kernels off for all such
             features.
     """

@@ -23,8 +23,8 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
     """The log-sum-exps of the negatives of the pairs' rows and columns, and the pairs' logits.
 
     Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i; if
-    the columns are extra negatives, the pairs' logits are arbitrary. Without negatives, a
-    log-sum-exp is the lowest number of the dtype: of -inf, the gradient would be NaN.
+    the columns are extra negatives, the second result is empty. Without negatives, a log-sum-exp is
+    the lowest number of the dtype: of -inf, the gradient would be NaN.
 
     may_share: on a CPU, one exponential of each logit serves rows and columns. If a sum is then too
     small, everything is computed again. (To see the sums, a GPU's host would wait, and compiled
@@ -48,12 +48,22 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
     # the upstream gradient is. While compiling it sees them: else Inductor (PyTorch 2.13) drops
     # the gradient of the pair logits in batches of 3 or 4 pairs.
     masked = negatives if traced else detached
-    diagonal = masked.diagonal()
-    # NaN for an infinite pair logit, which would look perfectly matched. (`torch.func.linearize`
-    # ends the process at `add` with another alpha than 1.)
-    pair_logits = negatives.diagonal() + diagonal.detach() * 0
+    pair_logits = negatives.new_empty(0)  # extra negatives have none
     if logits.has_pairs():
-        diagonal.fill_(lowest)
+        # While compiling, no view of the diagonal: Inductor makes its stride, N + 1, a constant
+        # (PyTorch 2.13).
+        if traced:
+            pairs = torch.linalg.vecdot(row_features, column_features) * logits.logit_scale
+        else:
+            pairs = negatives.diagonal()
+        # NaN for an infinite pair logit, which would look perfectly matched.
+        # (`torch.func.linearize` ends the process at `add` with another alpha than 1.)
+        pair_logits = pairs + pairs.detach() * 0
+        if traced:
+            is_pair = torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
+            masked.masked_fill_(is_pair, lowest)
+        else:
+            masked.diagonal().fill_(lowest)
     same = logits.same_ids(0, negatives.shape[0])
     if same is not None:
         masked.masked_fill_(same, lowest)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from inputs import Case
 
-from cyclip_loss import CyCLIPLoss, engine_of, engines, kernels, numerics
+from cyclip_loss import CyCLIPLoss, engine_of, engines, numerics
 from cyclip_loss.engines import eager
+from cyclip_loss.engines import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
 
@@ -66,8 +67,8 @@ def test_without_triton_or_on_another_gpu_pytorch_computes(is_supported, monkeyp
     """A supported GPU without Triton warns once what to install."""
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90" if is_supported else None)
     monkeypatch.setattr(engines, "_import_problem", lru_cache(engines._import_problem.__wrapped__))
-    monkeypatch.delattr("cyclip_loss.kernels")
-    monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)  # importing them fails
+    monkeypatch.delattr("cyclip_loss.engines.triton")
+    monkeypatch.setitem(sys.modules, "cyclip_loss.engines.triton", None)  # importing them fails
     features = SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.float32, is_cuda=True, shape=(2, 2)
     )

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from cyclip_loss import kernels, numerics
+from cyclip_loss import numerics
+from cyclip_loss.engines import triton as kernels
 from cyclip_loss.kernels import configs
 
 # Operators besides views that launch no kernel: they allocate, or read or write a CPU scalar.

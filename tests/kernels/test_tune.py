@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cyclip_loss import CyCLIPWarning, kernels, tune
+from cyclip_loss import CyCLIPWarning, tune
+from cyclip_loss.engines import triton as kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import HALF, config_for
 from cyclip_loss.kernels.tiles import ceil_div

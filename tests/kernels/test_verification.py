@@ -15,8 +15,9 @@ from support import setting
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from cyclip_loss import CyCLIPWarning, engines, kernels
+from cyclip_loss import CyCLIPWarning, engines
 from cyclip_loss.engines import eager, verification
+from cyclip_loss.engines import triton as kernels
 from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.logits import NO_PAIRS, Logits, SavedStatistics
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import results
 from inputs import Case
-from processes import run_python
+from processes import ROOT, run_python
 
 from cyclip_loss import ClipLoss, CyCLIPLoss, CySigLIPLoss, SigLipLoss
 
@@ -128,7 +128,7 @@ child = os.fork()
 dist.init_process_group("gloo", f"file://{file}", rank=1 if child else 0, world_size=2)
 features = torch.eye(3, requires_grad=True)
 cyclip_loss.CyCLIPLoss()(features, features, 10.0).backward()
-assert "cyclip_loss.kernels" not in sys.modules
+assert "cyclip_loss.engines.triton" not in sys.modules
 group = weakref.ref(dist.group.WORLD)
 dist.destroy_process_group()
 assert group() is None
@@ -140,4 +140,31 @@ if child:
 @pytest.mark.parametrize("program", [WITHOUT_DISTRIBUTED, TWO_RANKS])
 def test_the_loss_on_a_cpu_needs_neither_triton_nor_dynamo_nor_distributed(program):
     run = run_python("-c", program)
+    assert run.returncode == 0, run.stderr
+
+
+# `import kernels` in a clone, where a package of that name is installed. The kernels themselves are
+# imported, too, and their modules have no second name.
+OTHER_PACKAGE = """
+import importlib.util, sys
+if "loss first" in sys.argv:
+    import cyclip_loss
+import kernels
+assert kernels.__file__.startswith(sys.path[1]), kernels
+import cyclip_loss
+if importlib.util.find_spec("triton"):
+    import cyclip_loss.engines.triton
+assert kernels is sys.modules["kernels"]
+assert not [name for name in sys.modules if name.startswith("kernels.")]
+"""
+
+
+@pytest.mark.parametrize("order", ["loss first", "loss second"])
+def test_a_clone_does_not_hide_an_installed_package_named_kernels(order, tmp_path):
+    """Such as Hugging Face's, which transformers imports."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    program = f"import sys; sys.path[:0] = {[str(ROOT), str(tmp_path)]}\n{OTHER_PACKAGE}"
+    run = run_python("-c", program, order)
     assert run.returncode == 0, run.stderr

@@ -29,7 +29,14 @@ from torchvision.transforms.functional import to_pil_image
 
 import cyclip_loss
 from benchmarks.compare.competitors import dense_clip
-from cyclip_loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
+from cyclip_loss import (
+    CyCLIPLoss,
+    CySigLIPLoss,
+    WithCyclicPenalty,
+    caption_ids,
+    engines,
+    open_clip_train,
+)
 from cyclip_loss.options import PRESETS
 from reference_train.data.emoji import EMOJI_FOLDER
 
@@ -416,12 +423,12 @@ def test_bad_flags_are_refused(flag, wrong, message, capsys):
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
     """It is asked for on the device that OpenCLIP gives this rank."""
-    monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
+    monkeypatch.setattr("cyclip_loss.engines.triton.INTERPRETED", False)
     trainer, message = Trainer(ClipLoss()), "the kernels do not support meta"
     trainer.device = torch.device("meta")
     if is_broken:
-        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-        message = "import of cyclip_loss.kernels halted"
+        message = "the kernels cannot be imported"
+        monkeypatch.setattr(engines, "_import_problem", lambda: message)
     with pytest.raises(SystemExit, match=f"^cyclip_loss: --impl triton: .*{message}"):
         launch(trainer, monkeypatch, "--impl", "triton")
 
