@@ -17,8 +17,8 @@ from cyclip_loss import CyCLIPLoss
 from cyclip_loss.options import PRESETS
 
 from ..demo.train import train
-from ..evaluate.interchange import one_index_numbers
 from ..evaluate.metrics import retrieval
+from ..evaluate.one_index import one_index_numbers
 from .features import BLOCK, Features
 from .model import Model
 
