@@ -13,6 +13,7 @@ import torch
 
 from ..command_line import Parser, UsageError, add_device, at_least, say
 from ..evaluate import records
+from ..evaluate.datasets import read_lines
 from ..files import locked, write_text
 from ..runs import code_version
 from . import answer, towers
@@ -91,7 +92,7 @@ def prepare(arguments: Namespace) -> tuple[Data, torch.Tensor, dict[str, Any], l
     pairs, facts = readable(pairs, images.digests(), out)
     ids = same_ids(pairs.rows)
     parts = split(ids, pairs.is_test)
-    classes = read_classes(arguments.classes) if arguments.classes else []
+    classes = read_lines(arguments.classes) if arguments.classes else []
     config: dict[str, Any] = {"tower": name, "text": kind, "image_width": images.width}
     if kind == "frozen":
         if not (clip := tower.clip):
@@ -109,7 +110,7 @@ def prepare(arguments: Namespace) -> tuple[Data, torch.Tensor, dict[str, Any], l
         texts = tokenizer(pairs.texts)
         class_texts = tokenizer(classes) if classes else None
     data = Data(images, texts, pairs.rows, ids, parts, class_texts)
-    if classes:
+    if arguments.classes:
         data.labels = label(pairs, parts["test"], classes)
     count = len(parts["train"])
     config["batch_size"] = min(arguments.batch_size, count)
@@ -137,20 +138,16 @@ def readable(pairs: Pairs, digests: np.ndarray, out: Path) -> tuple[Pairs, list[
     return Pairs(pairs.images, pairs.texts, rows, pairs.is_test[kept]), facts
 
 
-def read_classes(file: Path) -> list[str]:
-    """The lines of a file. Raises `UsageError`."""
-    try:
-        return [x.strip() for x in file.read_text(encoding="utf-8").splitlines() if x.strip()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--classes {file}: can't be read: {error}") from error
-
-
 def label(pairs: Pairs, rows: np.ndarray, classes: list[str]) -> np.ndarray:
-    """The class of each image: the one that its captions name; -1 if they name none or several."""
-    patterns = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in classes]
+    """The class of each image: the one that its captions name; -1 if they name none or several.
+
+    Raises `UsageError` if no image has a class.
+    """
+    words = re.compile(rf"\b({'|'.join(map(re.escape, classes))})\b", re.IGNORECASE)
+    numbers = {name.casefold(): i for i, name in enumerate(classes)}
     named: dict[int, set[int]] = {}
     for image, text in pairs.rows[rows].tolist():
-        found = {i for i, pattern in enumerate(patterns) if pattern.search(pairs.texts[text])}
+        found = {numbers[name.casefold()] for name in words.findall(pairs.texts[text])}
         named.setdefault(image, set()).update(found)
     labels = np.full(len(pairs.images), -1)
     for image, found in named.items():

@@ -144,12 +144,12 @@ def split(ids: np.ndarray, is_test: np.ndarray) -> dict[str, np.ndarray]:
 def choose(
     ids: np.ndarray, candidates: np.ndarray, wanted: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Which of the candidates are chosen, (n,) bool: all of an id or none, up to `wanted` pairs."""
+    """Which of the candidates are chosen, (n,) bool: all of an id or none, up to `wanted` pairs.
+
+    An id that has more than half as many pairs is not chosen.
+    """
     found, sizes = np.unique(ids[candidates], return_counts=True)
-    order, chosen, total = rng.permutation(len(found)), [], 0
-    for i in order.tolist():
-        if total + sizes[i] <= wanted:
-            chosen.append(found[i])
-            total += sizes[i]
-    is_chosen: np.ndarray = candidates & np.isin(ids, chosen)
+    order = rng.permutation((sizes <= max(1, wanted / 2)).nonzero()[0])
+    chosen = order[np.cumsum(sizes[order]) <= wanted]
+    is_chosen: np.ndarray = candidates & np.isin(ids, found[chosen])
     return is_chosen

@@ -21,10 +21,10 @@ def make_data(folder, count, noise=1.0, width=WIDTH):
     of_words = rng.normal(size=(VOCABULARY, width))
     folder.mkdir(parents=True, exist_ok=True)
     images = Features(folder / "images.features", count, width)
+    noises = noise * rng.normal(size=(1000, width))  # again in each 1,000, to be quick
     for start in range(0, count, 1000):
         rows = images.open("r+")[start : start + 1000]
-        features = of_words[words[start : start + 1000]].sum(axis=1)
-        rows["features"] = features + noise * rng.normal(size=features.shape)
+        rows["features"] = of_words[words[start : start + 1000]].sum(axis=1) + noises[: len(rows)]
         rows["digest"] = np.arange(start, start + len(rows)) + 2
     rows = np.stack([np.arange(count)] * 2, axis=1)
     ids = same_ids(rows)

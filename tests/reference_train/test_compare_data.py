@@ -355,6 +355,7 @@ print(json.dumps([peak / 1024, time.monotonic() - began]))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """10,000 and 100,000 images, whose features have 26 and 257 MB in the file."""
     peaks = []
