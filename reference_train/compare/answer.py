@@ -17,6 +17,7 @@ from .training import LOSSES
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 FEWEST_PAIRS, FEWEST_SEEDS = 500, 3
 CLIP = "clip"
@@ -135,7 +136,7 @@ def table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Runs, file: Path) -> None:
+def draw(runs: Runs) -> Figure:
     """Points from CLIP with 95% intervals. A filled marker is a difference that is shown."""
     with plt.rc_context({"font.size": 13.5}):
         figure, axes = plt.subplots(figsize=(5, 1.5 + 1.2 * len(DRAWN)), layout="constrained")
@@ -158,9 +159,8 @@ def draw(runs: Runs, file: Path) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(ylim=(len(DRAWN) - 0.3, -0.8), yticks=[], xlabel="points from CLIP's loss")
         figure.legend(loc="outside upper left", ncols=3, fontsize="small")
-        with atomic_write(file) as temporary:
-            figure.savefig(temporary, dpi=160, format="png")
-        plt.close(figure)
+    plt.close(figure)
+    return figure
 
 
 def write(out: Path, runs: Runs, validation: Runs, about: dict[str, Any], facts: list[str]) -> str:
@@ -211,6 +211,7 @@ gallery = normalize(clip.encode_images(images, torch.arange(len(images))), dim=-
 print(files[(clip.encode_texts(["a red shoe"]) @ gallery.T).argmax()])
 ```
 """
-    draw(runs, out / "answer.png")
+    with atomic_write(out / "answer.png") as temporary:
+        draw(runs).savefig(temporary, dpi=160, format="png")
     write_text(text, out / "answer.md")
     return first

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparisons import KNOWN, make_data, run, settings
 from matplotlib import image
+from matplotlib.text import Text
 from torch.nn import functional as F
 
 from cyclip_loss import CyCLIPWarning
@@ -163,6 +164,19 @@ def test_the_loss_is_chosen_in_the_validation_part_and_tested_once(tmp_path):
     assert picture.shape[1] == 800  # two pixels each at a width of 400
     assert np.allclose(picture[..., 0], picture[..., 2])  # readable without colour
     assert [*tmp_path.glob(".*")] == []
+
+
+def test_the_picture_is_readable_on_a_phone():
+    """At a width of 400 pixels letters have at least 12, and no text is cut."""
+    figure = answer.draw(make_runs(retrieval=2, index=-7))
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert len(texts) > len(answer.DRAWN)
+    for text in texts:
+        box = text.get_window_extent()
+        assert text.get_fontsize() * 400 / figure.get_figwidth() / 72 >= 12, text
+        assert figure.bbox.contains(box.x0, box.y0), text
+        assert figure.bbox.contains(box.x1, box.y1), text
 
 
 def test_the_learning_rate_and_the_step_are_clips_best_in_the_validation_part(

@@ -283,6 +283,18 @@ def test_unknown_words_are_no_tokens_and_order_changes_only_the_transformer():
 
 # Interruptions and memory.
 
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("--data", write_csv(tmp_path, 60), "--out", tmp_path / "out")
+    said = "keeps features and finished runs: the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == f"reference_train: {tmp_path}/out {said}"
+
+
 CHILD = """
 import sys, time, torch
 from pathlib import Path
