@@ -33,6 +33,9 @@ class Features:
                 raise UsageError(f"{file} needs {size:,} bytes, and {free:,} are free")
             self.open("w+")
 
+    def __len__(self) -> int:
+        return self.count
+
     def open(self, mode: Any = "r") -> np.memmap:
         """The rows of the file.
 
@@ -65,11 +68,12 @@ class Features:
         total = -(-(self.count - start) // CHUNK)
         for number, (digests, features) in enumerate(track(encode(start), text, total)):
             first = start + number * CHUNK
-            rows = self.open("r+")[first : first + len(digests)]
+            written = self.open("r+")
+            rows = written[first : first + len(digests)]
             if features is not None:
                 if not features.isfinite().all():
                     raise RunFailed(f"{text}: features are not finite")
                 rows["features"][np.array(digests) != UNREADABLE] = features.numpy()
-            rows.flush()  # the features reach the disk before the digests that vouch for them
+            written.flush()  # the features reach the disk before the digests that vouch for them
             rows["digest"] = digests
-            rows.flush()
+            written.flush()

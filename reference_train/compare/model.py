@@ -51,9 +51,10 @@ class Model(nn.Module):
         """
         super().__init__()
         text, known = config["text"], config["known"]
-        self.encode_image = head(config["image_width"])
+        self.encode_image: nn.Module = head(config["image_width"])
+        self.known: Tensor
         self.register_buffer("known", torch.zeros(known, dtype=torch.int32))
-        self.encode_text = (
+        self.encode_text: nn.Module = (
             head(config["text_width"])
             if text == "frozen"
             else Words(known)

@@ -37,7 +37,8 @@ def read(data: Sequence[str], test: Sequence[str]) -> Pairs:
     """
     images: dict[Any, int] = {}
     keys: dict[str, int] = {}
-    texts, rows, is_test = [], [], []
+    texts: list[str] = []
+    rows, is_test = [], []
     for files, are_tests in ((data, False), (test, True)):
         for file in (Path(name) for pattern in files for name in expand_urls(pattern)):
             for place, text in read_csv(file) if file.suffix == ".csv" else read_tar(file):
@@ -84,10 +85,12 @@ def read_shipped() -> Pairs:
     """The emoji of the repository. The test pairs show concepts of split `test` in new styles."""
     emoji = read_emoji()
     trained = emoji.in_split("train") + emoji.in_split("validation")
-    pixels, texts, rows, is_test = [], dict[str, int](), [], []
+    pixels: list[torch.Tensor] = []
+    texts: dict[str, int] = {}
+    rows, is_test = [], []
     for styles, concepts in ((TRAIN_STYLES, trained), (SHIFT_STYLES, emoji.in_split("test"))):
         images, shown, _ = emoji.drawings(styles, concepts)
-        first = sum(map(len, pixels))
+        first = sum(len(x) for x in pixels)
         for image, concept in enumerate(shown.tolist(), start=first):
             own = captions(emoji.concepts[concept])
             for text in own[:1] if styles == SHIFT_STYLES else own:

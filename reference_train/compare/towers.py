@@ -117,7 +117,7 @@ def image_features(tower: Tower, images: Images, folder: Path) -> Features:
 
     def encode(start: int) -> Iterator[tuple[list[int], Tensor | None]]:
         chunks = (len(images) - start) // CHUNK
-        loader = DataLoader(
+        loader: Any = DataLoader(
             range(start, len(images)),  # type: ignore[arg-type]
             CHUNK,
             num_workers=min(8, len(os.sched_getaffinity(0)), chunks),
