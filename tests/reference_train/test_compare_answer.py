@@ -11,7 +11,6 @@ import pytest
 import torch
 from comparisons import KNOWN, make_data, run, settings
 from matplotlib import image
-from matplotlib.text import Text
 from torch.nn import functional as F
 
 from cyclip_loss import CyCLIPWarning
@@ -170,7 +169,8 @@ def test_the_picture_is_readable_on_a_phone():
     """At a width of 400 pixels letters have at least 12, and no text is cut."""
     figure = answer.draw(make_runs(retrieval=2, index=-7))
     figure.draw_without_rendering()
-    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    (axes,), (legend,) = figure.axes, figure.legends
+    texts = [*axes.texts, axes.xaxis.label, *legend.get_texts()]
     assert len(texts) > len(answer.DRAWN)
     for text in texts:
         box = text.get_window_extent()
