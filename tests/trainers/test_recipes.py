@@ -3,6 +3,7 @@
 import math
 import random
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -152,26 +153,37 @@ def packed_batch():
     }
 
 
-def test_batches_of_hugging_faces_processors_are_split():
-    """A dict by keyword, and packed images of different sizes: the gradients of the whole batch."""
-    transformers = pytest.importorskip("transformers")
-    images, tokens = batch()
-    clip = {"pixel_values": images, "input_ids": tokens, "attention_mask": tokens.ne(0).long()}
-    packed = packed_batch()
-    clip_model, packed_model = recipe_cases.tiny_hugging_face(), PackedImages()
-    names = {"model": clip_model, "loss_fn": CyCLIPLoss(), "texts": None, "images": None}
-    processor = MagicMock(return_value=transformers.BatchEncoding(clip))
-    run(recipe_cases.LARGE_BATCH, 4, **names, processor=processor)
-    run(recipe_cases.LARGE_BATCH, 5, **{**names, "model": packed_model, "batch": packed})
-    for model, inputs in ((clip_model, clip), (packed_model, packed)):
-        found = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        out = model(**inputs)
-        if model is clip_model:
-            out = out.image_embeds, out.text_embeds, model.logit_scale.exp()
-        CyCLIPLoss()(*out).backward()
-        expected = [p.grad for p in model.parameters()]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def test_packed_images_of_different_sizes_are_split():
+    """The gradients of the whole batch. A dict is passed by keyword."""
+    packed, model, loss_fn = packed_batch(), PackedImages(), CyCLIPLoss()
+    run(recipe_cases.LARGE_BATCH, 4, model=model, batch=packed, loss_fn=loss_fn)
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss_fn(*model(**packed)).backward()
+    expected = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["immutable", "list"])
+def test_the_pages_test_of_a_model_shows_whether_it_keeps_the_contract(state):
+    """The state hides behind a norm."""
+
+    class Scaled(PackedImages):
+        def __init__(self):
+            super().__init__()
+            self.scales = [1.0]
+            self.scale = 1.0
+
+        def forward(self, images, tokens):
+            images = self.patch(images) * (self.scale if state == "immutable" else self.scales[-1])
+            self.scale = 2.0
+            self.scales.append(2.0)
+            return normalize(images), normalize(self.words(tokens).mean(1)), self.logit_scale.exp()
+
+    names = {"model": Scaled(), "loss_fn": CyCLIPLoss(), "images": torch.randn(8, 6)}
+    error = nullcontext() if state == "immutable" else pytest.raises(AssertionError)
+    with error:
+        run("A test of your model", tokens=torch.randint(9, (8, 3)), **names)
 
 
 def test_siglips_recipe_has_open_clips_term_and_cocas_the_penalties():
