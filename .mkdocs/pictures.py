@@ -25,7 +25,7 @@ titles of unseen types, unseen icons
 One index of both, R@10 in %""",
     "picture-retrieval": "Retrieval, R@10: points from CLIP's",
 }
-PAGE = (ROOT / "docs/lambda.md").read_text()  # names the commits of the records
+PAGE = (ROOT / "reference_train/results/README.md").read_text()  # names the commits of the records
 WORSE, BETTER = "#D55E00", "#0072B2"  # which colour-blind readers tell apart
 
 
