@@ -33,7 +33,7 @@ from typing import Any
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
+PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/**/README.md")
 BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
 SPECS = dict(block.split("\n", 1) for block in BLOCKS)
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")

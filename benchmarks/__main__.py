@@ -21,6 +21,7 @@ MODULES = {
     "compare": "benchmarks.compare.side_by_side",
     "cached": "benchmarks.cached_backward",
     "gpu": "benchmarks.gpu.sections",
+    "tune": "benchmarks.gpu.tune",
     "gate": "benchmarks.gate.compile",
 }
 
@@ -89,6 +90,16 @@ def make_parser() -> argparse.ArgumentParser:
         "--sections", nargs="+", help="sections to run, each for up to nine minutes (default: all)"
     )
 
+    tune = add_command("tune", help="choose the fastest tile sizes of the kernels on this GPU")
+    tune.add_argument("--n", type=positive(int), default=8192, help="pairs (%(default)s)")
+    tune.add_argument("--d", type=positive(int), default=768, help="features (%(default)s)")
+    names = ["bfloat16", "float16", "float32"]
+    tune.add_argument("--dtype", nargs="+", choices=names, default=names)
+    tune.add_argument("--seconds", type=positive(int), default=300, help="in total (%(default)s)")
+    tune.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU, in tiny sizes, and keep nothing"
+    )
+
     gate = add_command("gate", help="compile every kernel for every chip, without a GPU")
     gate.add_argument(
         "--arch", nargs="+", help="architectures (default: all that this Triton supports)"
@@ -111,18 +122,18 @@ def main(arguments: list[str]) -> int:
         arguments = ["compare", *arguments]
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.command != "gate":
+    if "out" in options:
         try:  # before minutes of measuring
             options.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=options.out).close()
         except OSError as error:
             parser.error(f"--out can't be written: {error}")
-    if options.command in ("gpu", "gate"):
+    if options.command in ("gpu", "tune", "gate"):
         if not find_spec("triton"):
             print(f"`python -m benchmarks {options.command}` needs Triton: pip install triton")
             return 2
         # Triton reads this variable when kernels are imported, which the command does below.
-        interpreted = options.command == "gpu" and options.dry_run
+        interpreted = options.command != "gate" and options.dry_run
         os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler logs each start
     # `timeout` sends SIGTERM. Handle it like Ctrl-C, so that the record is written.

@@ -7,8 +7,7 @@ call and its bounds.
 """
 
 from collections.abc import Hashable
-from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -64,8 +63,7 @@ def prepare(
 ) -> Batch:
     """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
 
-    Across ranks, the first call of a configuration is compared with the other ranks'. Extra
-    negatives are left out if there are none on any rank.
+    Across ranks, the first call of a configuration is compared with the other ranks'.
 
     options: the module; function: the public name of the loss, by default the module's class;
     symmetric: whether the texts have log-sum-exps, too; further: ids, and augmented and negative
@@ -81,65 +79,50 @@ def prepare(
     ids = check_ids("ids", further.pop("ids"), images)
     if ids is None and positives:
         raise ValueError("same_ids='positives' needs ids, got None")
-    found = [_Columns("text_features", texts, ids, images, ids, True)]
-    further = {name: value for name, value in further.items() if value is not None}
+    logits = Logits(images, texts, scale, ids, ids, 0, symmetric, positives)
+    found = [Comparison("text_features", logits, ranks)]
     for name, features in further.items():
         kind, _, what = name.rpartition("_")
-        if what == "ids":
-            if f"{kind}_features" not in further:
-                raise ValueError(f"{name} needs {kind}_features, got None")
+        if features is None or what == "ids":
             continue
-        has_pairs, of_images = kind.startswith("augmented"), kind in COMPARED_WITH_IMAGES
-        missing = {"augmented_image_features", "augmented_text_features"} - {*further}
-        if has_pairs and missing:
-            raise ValueError(f"augmented features go together: {missing.pop()} is None")
-        rows, rows_name = (images, "image_features") if of_images else (texts, "text_features")
-        names = rows_name, name
-        columns = check_features(rows, features, names, ranks.size > 1, has_pairs)[1]
-        column_ids = ids
+        has_pairs = kind.startswith("augmented")
+        rows, rows_name = texts, "text_features"
+        if kind in COMPARED_WITH_IMAGES:
+            rows, rows_name = images, "image_features"
+        columns = check_features(rows, features, (rows_name, name), ranks.size > 1, has_pairs)[1]
+        row_ids, column_ids, offset = ids, ids, 0
         if not has_pairs:
-            column_ids = check_ids(f"{kind}_ids", further.get(f"{kind}_ids"), columns)
-            if column_ids is not None and ids is None:
+            column_ids = check_ids(f"{kind}_ids", further[f"{kind}_ids"], columns)
+            if column_ids is None:
+                row_ids = None
+            elif ids is None:
                 raise ValueError(f"{kind}_ids needs ids, got None")
             # NaN for features that are not finite, whose own logits may be -inf or masked. It has
             # to reach the scale.
             zero_or_nan = (columns - columns).detach()
             columns, scale = columns + zero_or_nan, scale + zero_or_nan.sum()
-        row_ids = None if column_ids is None else ids
-        found.append(_Columns(name, columns, column_ids, rows, row_ids, has_pairs))
+            offset = NO_PAIRS
+        logits = Logits(
+            rows, columns, scale, row_ids, column_ids, offset, False, positives and has_pairs
+        )
+        found.append(Comparison(name, logits, ranks))
+    if sum(x.logits.has_pairs() for x in found) == 2:
+        raise ValueError("augmented_image_features and augmented_text_features go together")
     counted: dict[str, Ranks] = {}
     if ranks.size > 1:
         function = function or type(options).__name__
         counted = _agreed_ranks(function, options, found, [scale, bias], output_dict, ranks)
         ranks = counted["image_features and text_features"]
     comparisons: list[Comparison] = []
-    for name, columns, column_ids, rows, row_ids, has_pairs in found:
+    rest: list[Any]
+    for name, logits, _ in found:
+        rows, columns, _, *rest = logits
         columns_of_ranks = counted.get(name, ranks)
-        if not has_pairs and columns_of_ranks.total_rows(columns.shape[0]) == 0:
-            continue
-        logits = Logits(
-            rows,
-            columns,
-            scale,
-            row_ids,
-            column_ids,
-            0 if has_pairs else NO_PAIRS,
-            symmetric and not comparisons,
-            positives and has_pairs,
-        )
-        comparisons.append(Comparison(name, logits, columns_of_ranks))
+        # Extra negatives that no rank has are left out.
+        if logits.has_pairs() or columns_of_ranks.total_rows(columns.shape[0]) > 0:
+            logits = Logits(rows, columns, scale, *rest)  # whose scale is NaN in all or none
+            comparisons.append(Comparison(name, logits, columns_of_ranks))
     return Batch(images, texts, ranks, tuple(comparisons), bias)
-
-
-class _Columns(NamedTuple):
-    """The columns of a comparison, the rows that they are compared with, and the ids of both."""
-
-    name: str  # of the argument with the features
-    features: Tensor
-    ids: Tensor | None
-    row_features: Tensor
-    row_ids: Tensor | None
-    has_pairs: bool
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
@@ -156,7 +139,7 @@ def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
 def _agreed_ranks(
     function: str,
     options: ContrastiveOptions,
-    found: list[_Columns],
+    found: list[Comparison],
     scalars: list[Tensor | None],
     output_dict: bool,
     ranks: Ranks,
@@ -166,7 +149,7 @@ def _agreed_ranks(
     The signature has what decides which collectives run, besides options, by the name that error
     messages use. Raises as `check_ranks_agree`.
     """
-    images = found[0].row_features
+    images = found[0].logits.row_features
     num_rows = {
         "image_features and text_features": images.shape[0],
         "negative_text_features": 0,
@@ -174,16 +157,16 @@ def _agreed_ranks(
     }
     trains = torch.is_grad_enabled()
     differentiated, with_ids, trained = [], [], []
-    for columns in found:
-        inputs = columns.features, columns.row_features, *scalars
+    for name, logits, _ in found:
+        inputs = logits.column_features, logits.row_features, *scalars
         requires = [trains and x is not None and x.requires_grad for x in inputs]
         differentiated.append(any(requires))
         if requires[0]:
-            trained.append(columns.name)
-        if columns.ids is not None:
-            with_ids.append(columns.name)
-        if columns.name in num_rows:
-            num_rows[columns.name] = columns.features.shape[0]
+            trained.append(name)
+        if logits.column_ids is not None:
+            with_ids.append(name)
+        if name in num_rows:
+            num_rows[name] = logits.column_features.shape[0]
     has_penalties = is_apart = False
     if isinstance(options, PenaltyOptions):
         has_penalties = options.has_penalties()
@@ -240,7 +223,7 @@ def check_features(
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-        _check_dense(name, features, "to_local")
+        _check_local(name, features, "to_local")
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
@@ -273,34 +256,22 @@ def check_features(
     return first, second
 
 
-def _check_dense(name: str, tensor: Tensor, method: str) -> None:
+def _check_local(name: str, tensor: Tensor, method: str) -> None:
     if type(tensor).__name__ == "DTensor":
         raise TypeError(f"{name} must be an ordinary tensor, got a DTensor: pass {name}.{method}()")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        got = f"layout {tensor.layout}, nested: {tensor.is_nested}"
-        raise TypeError(f"{name} must be a dense tensor, got {got}")
 
 
 def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
     """The scale or the bias as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
     if not isinstance(value, Tensor):
-        given = number(name, value, "a scalar tensor or a number")
-        least = 0 if name == "logit_scale" else -inf
-        if not is_traced(features) and not least < given < inf:
-            raise ValueError(f"{name} must be finite and > {least}, got {value}")
         # Not `new_full`: torch.compile would make the number a constant.
-        return features.new_ones((), dtype=dtype) * given
-    _check_dense(name, value, "full_tensor")
+        return features.new_ones((), dtype=dtype) * number(
+            name, value, "a scalar tensor or a number"
+        )
+    _check_local(name, value, "full_tensor")
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-    # As in PyTorch's own arithmetic, a 0-dim CPU tensor goes with features on any device.
-    if value.device != features.device and (value.device.type != "cpu" or value.ndim != 0):
-        raise ValueError(
-            f"{name} must be on the features' device {features.device}, got {value.device}"
-        )
     value = value if value.ndim == 0 else value.reshape(())  # a view takes time in backward
     return value.to(device=features.device, dtype=dtype)
 
@@ -312,7 +283,6 @@ def check_ids(name: str, ids: Tensor | None, features: Tensor) -> Tensor | None:
     if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be a tensor of int8 to int64 or uint8, got {got}")
-    _check_dense(name, ids, "to_local")
     if ids.shape != features.shape[:1] or ids.device != features.device:
         raise ValueError(
             f"{name} must have shape ({features.shape[0]},) on the features' device "
@@ -327,14 +297,7 @@ def caption_ids(tokens: Tensor, pad_id: int = 0) -> Tensor:
     It is the same on every rank, and padding at the end of a row, by tokens that are `pad_id`, does
     not change it. With another `pad_id`, a caption has another hash. Among 65,536
     different captions, two have the same hash with a probability of 2^-33.
-
-    Raises:
-        TypeError: `tokens` is not an integer tensor of two dimensions.
     """
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
-        is_tensor = isinstance(tokens, Tensor)
-        got = f"{tokens.dtype} of {tokens.ndim} dimensions" if is_tensor else type(tokens).__name__
-        raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
     # Powers of an odd number modulo 2^64, at which products and sums wrap around.
     weights = torch.full((tokens.shape[1],), 0x5BD1E995, device=tokens.device).cumprod(0)
-    return ((tokens.long() - pad_id) * weights).sum(dim=1)
+    return ((tokens - pad_id) * weights).sum(dim=1)

@@ -10,7 +10,7 @@ from cyclip_loss.inputs import prepare, warn_of_mistakes
 from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks.groups import uncompiled_if_uneven
-from cyclip_loss.terms import contrastive
+from cyclip_loss.terms import contrastive, streamed
 
 
 class ContrastiveLogSumExp(NamedTuple):
@@ -101,7 +101,7 @@ def _contrastive_logsumexp(
     batch = prepare(options, *inputs, function=function, symmetric=not one_way, **further)
     plan = make_plan(batch, options)
     warn_of_mistakes(contrastive_logsumexp, batch)
-    started = contrastive.start(batch, plan)
+    started = streamed.start(batch, plan)
     lse, pair_logits, _ = contrastive.log_sum_exps(batch, plan, started)[0]
     if plan.contrastive == "dense" or len(batch.comparisons) > 1:
         # Rows without negatives may have the lowest number of the dtype, which has a gradient.

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options
@@ -21,7 +20,7 @@ from cyclip_loss.inputs import prepare, prepare_pairs, warn_of_mistakes
 from cyclip_loss.options import ContrastiveModule, Module, PenaltyOptions, option
 from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks.groups import uncompiled_if_uneven
-from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
+from cyclip_loss.terms import contrastive, cyclic, streamed, sum_of_terms
 
 
 @dataclass(eq=False, repr=False)
@@ -56,7 +55,8 @@ class CyCLIPLoss(ContrastiveModule):
         use_horovod: must be False.
         process_group: the ranks that share a batch, over nccl or gloo. None: the default group, as
             in DDP, if torch.distributed is initialised at the time of the call. The loss never
-            initialises it. Copies of the module share the group; files do not hold it.
+            initialises it. Copies of the module share the group. A module with a group cannot be
+            pickled: set None before.
         distributed: False: the loss of this rank's own rows, without communication, for example for
             an evaluation on one rank only.
         dist_impl: how the text features reach the other ranks: "gather", or "ring" for O(n D)
@@ -111,8 +111,8 @@ class CyCLIPLoss(ContrastiveModule):
     _: KW_ONLY
     lambda_progress: bool = option(False, options.boolean)
     inmodal_contrastive_weight: float | None = option(None, options.optional_weight)
-    local_loss: bool = option(False, options.boolean, same_on_all_ranks=False)
-    gather_with_grad: bool = option(False, options.boolean, same_on_all_ranks=False)
+    local_loss: bool = False
+    gather_with_grad: bool = False
     use_horovod: bool = option(False, options.one_of((False,)))
 
     @uncompiled_if_uneven
@@ -192,7 +192,7 @@ class CyCLIPLoss(ContrastiveModule):
             negative_text_ids=negative_text_ids,
         )
         plan = make_plan(batch, self, output_dict)
-        started = contrastive.start(batch, plan)
+        started = streamed.start(batch, plan)
         started_penalties = cyclic.start(batch, plan)
         lse = contrastive.log_sum_exps(batch, plan, started, started_penalties.grams)
         losses = contrastive.losses(batch, lse)
@@ -309,13 +309,10 @@ class WithCyclicPenalty(CyclicPenalty):
         features: the names of two arguments of `loss.forward`, (N, D), rows of unit length; or a
             callable that takes the call's arguments and returns the two features.
 
-    `loss` and `features` may be set between calls.
-
     Raises:
-        TypeError: `loss` is not a module, is compiled (compile the wrapper) or has these penalties
-            already; `features` does not match it. When called: the loss returned something other
-            than a number or terms of a sum, such as one value per sample or a dict without terms.
-            Else as `CyclicPenalty`.
+        TypeError: `loss` has these penalties already, or `features` does not match it. When called:
+            the loss returned something other than a number or terms of a sum, such as one value per
+            sample or a dict with other keys. Else as `CyclicPenalty`.
     """
 
     def __init__(
@@ -328,68 +325,45 @@ class WithCyclicPenalty(CyclicPenalty):
         **penalty_options: Any,
     ) -> None:
         super().__init__(lambda_inmodal, lambda_crossmodal, **penalty_options)
-        _check_wrapped(loss, features)
+        if isinstance(loss, PenaltyOptions) and (loss.has_penalties() or loss.returns_zero_terms):
+            raise UnsuitableLoss(
+                f"{loss} has the cyclic penalties already: use it without a wrapper"
+            )
+        names = list(inspect.signature(loss.forward).parameters)
+        if not callable(features) and not set(features) <= set(names):
+            raise UnsuitableLoss(
+                f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two "
+                "of these names or a callable that returns the two from the call's arguments"
+            )
         self.features = features
         self.loss = loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped loss returns for these arguments, plus the penalties."""
-        image_features, text_features = self._features_of(args, kwargs)
+        if callable(self.features):
+            image_features, text_features = self.features(*args, **kwargs)
+        else:
+            bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            image_features, text_features = [bound.arguments[name] for name in self.features]
         terms = self.loss(*args, **kwargs)
-        if isinstance(terms, dict):
-            wrong = [name for name in terms if not str(name).endswith("_loss")]
-            if wrong or set(cyclic.TERMS) & set(terms):
-                raise UnsuitableLoss(self._not_terms(f"the keys {list(terms)}"))
-        several = isinstance(terms, (dict, tuple))
-        values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
+        is_dict, several = isinstance(terms, dict), isinstance(terms, (dict, tuple))
+        values = list(terms.values() if is_dict else terms if several else [terms])
+        # CoCaLoss returns an integer 0 for a term without weight.
+        are_numbers = [
+            isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1)
+            for x in values
+        ]
+        if not all(are_numbers) or (is_dict and not all(name.endswith("_loss") for name in terms)):
+            raise UnsuitableLoss(
+                f"the penalties cannot be added to what {type(self.loss).__name__} returned: "
+                f"{terms}. Return a number, a tuple of terms of a sum, or a dict of such terms "
+                "whose keys all end in _loss; or add CyclicPenalty yourself"
+            )
         penalties: Any = super().forward(image_features, text_features, several)
-        for value in values or [terms]:
-            got = type(value).__name__
-            if isinstance(value, Tensor):
-                got += f" {tuple(value.shape)} of {value.dtype} on {value.device}"
-                is_number = value.dtype != torch.bool and not value.is_complex()
-                is_term = is_number and value.numel() == 1
-                # The sum of a number and a meta tensor, which has no value, would be a meta tensor.
-                is_term &= value.is_meta == image_features.is_meta
-            else:  # CoCaLoss returns an integer 0 for a term without weight
-                is_term = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_term:
-                raise UnsuitableLoss(self._not_terms(got))
-        if isinstance(terms, dict):
+        if is_dict:
             return {**terms, **penalties}
         if several:
             return (*values, *penalties.values())
         # Of equal dimensions, the sum has the wider of both dtypes.
         return terms + penalties.reshape(getattr(terms, "shape", ()))
-
-    def _not_terms(self, got: str) -> str:
-        return (
-            f"the penalties cannot be added to what {type(self.loss).__name__} returned ({got}): "
-            "return a number, a tuple of terms of a sum, or a dict of such terms whose keys all "
-            "end in _loss; or add CyclicPenalty yourself"
-        )
-
-    def _features_of(self, args: Any, kwargs: Any) -> Any:
-        """The image and text features among the arguments of a call."""
-        _check_wrapped(self.loss, self.features)  # they may have been set
-        if callable(self.features):
-            return self.features(*args, **kwargs)
-        bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        return [bound.arguments[name] for name in self.features]
-
-
-def _check_wrapped(loss: Any, features: Any) -> None:
-    """Raise UnsuitableLoss unless `loss` can be wrapped and has the `features`."""
-    if not isinstance(loss, nn.Module):
-        raise UnsuitableLoss(f"loss must be a module, got {loss!r}")
-    if hasattr(loss, "_orig_mod"):
-        raise UnsuitableLoss("loss is compiled: wrap the original module, and compile the wrapper")
-    if isinstance(loss, PenaltyOptions) and (loss.has_penalties() or loss.returns_zero_terms):
-        raise UnsuitableLoss(f"{loss} has the cyclic penalties already: use it without a wrapper")
-    names = list(inspect.signature(loss.forward).parameters)
-    if not callable(features) and (len(set(features)) != 2 or not set(features) <= set(names)):
-        raise UnsuitableLoss(
-            f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
-            "these names or a callable that returns the two from the call's arguments"
-        )

@@ -2,14 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import rows_per_strip
-from cyclip_loss.options import ContrastiveOptions, boolean
-from cyclip_loss.ranks import collectives
-from cyclip_loss.ranks.agreement import check_ranks_agree
-from cyclip_loss.ranks.groups import ranks_of
 
 NAMES = (
     "inmodal_gap",
@@ -26,14 +21,7 @@ NAMES = (
 
 
 @torch.no_grad()
-def consistency_metrics(
-    image_features: Tensor,
-    text_features: Tensor,
-    *,
-    process_group: ProcessGroup | None = None,
-    distributed: bool | None = None,
-    centered: bool = False,
-) -> dict[str, Tensor]:
+def consistency_metrics(image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
     """Ten numbers of N pairs, by name, as float32 scalars without gradient.
 
         inmodal_gap             mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
@@ -46,63 +34,38 @@ def consistency_metrics(
         text_to_image_accuracy  share of the rows i whose nearest image is I_i
         inmodal_correlation     Pearson's, over i != j, of I_i . I_j with T_i . T_j
         crossmodal_correlation  Pearson's, over i != j, of I_i . T_j with I_j . T_i
-        modality_gap            |mean of I - mean of T|, also with `centered` of the given features
+        modality_gap            |mean of I - mean of T|
 
     The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N, so they are
     comparable between batch sizes. They are small, too, where all features are alike; correlations
     are not (representational similarity analysis, Kriegeskorte et al. 2008). Correlations are NaN
     if N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
     Isola 2020, alpha = t = 2. Modality gap: Liang et al. 2022. The penalties
-    widen it, less if `centered`.
+    widen it, less if they are centred. For the gaps that centred penalties see, pass
+    `features - features.mean(dim=0)`.
 
     Args:
         image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast,
-            not even under autocast.
-        process_group, distributed: a group, or True for the default group, to use the rows of all
-            its ranks, which may hold different numbers of rows. Every rank must make the call. The
-            host waits, and all features are gathered (2 N D elements). False: this rank's rows,
-            without communication, even with a group. None: as False without a group, unlike in
-            the loss, because metrics are often computed on one rank alone.
-        centered: subtract the mean of all images from each image, and that of all texts from each
-            text, before anything is computed. Rows are not normalised again. The gaps are then
-            those of the loss's option of this name.
+            not even under autocast. Nothing is communicated: for the metrics of all ranks, gather
+            the features first.
 
-    Takes 8 N^2 D flops in float64 (float32 on MPS), shared by the ranks, in bounded memory.
+    Takes 8 N^2 D flops in float64 (float32 on MPS), in bounded memory.
 
     Raises:
         TypeError, ValueError: as `CyCLIPLoss`.
     """
-    if distributed is None:
-        distributed = process_group is not None
-    ranks = ranks_of(process_group, boolean("distributed", distributed))
-    images, texts = check_features(
-        image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
-    )
-    n = images.shape[0]
-    if ranks.size > 1:
-        num_rows, signature = {"both features": n}, {"the function": "consistency_metrics"}
-        options = ContrastiveOptions(uneven=True)
-        ranks = check_ranks_agree(ranks, images, num_rows, signature, options)["both features"]
-        own = torch.cat((images, texts), dim=1)
-        gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
-        images, texts = gathered.chunk(2, dim=1)
+    images, texts = check_features(image_features, text_features, autocast=False)
     wide = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = images.to(wide), texts.to(wide)
-    image_mean, text_mean = images.mean(dim=0), texts.mean(dim=0)
-    if boolean("centered", centered):
-        images, texts = images - image_mean, texts - text_mean
-
     crossmodal_mean = _mean_similarity(images, texts)
     inmodal_means = _mean_similarity(images, images), _mean_similarity(texts, texts)
     means = *inmodal_means, crossmodal_mean, crossmodal_mean
-    start = ranks.first_row(ranks.rank, n)
-    own_rows = torch.arange(start, start + n, device=images.device)
+    all_rows = torch.arange(images.shape[0], device=images.device)
     # Five float64 matrices of a strip's size are alive at once, instead of one or two in float32.
     height = rows_per_strip(5 * images.shape[0], images.device)
-    # A rank without rows has one empty strip.
-    strips = [_sums_of_rows(images, texts, rows, means) for rows in torch.split(own_rows, height)]
-    sums = collectives.all_reduce(torch.stack(strips).sum(dim=0), "sum", ranks)
-    modality_gap = torch.linalg.vector_norm(image_mean - text_mean)
+    strips = [_sums_of_rows(images, texts, rows, means) for rows in torch.split(all_rows, height)]
+    sums = torch.stack(strips).sum(dim=0)
+    modality_gap = torch.linalg.vector_norm(images.mean(dim=0) - texts.mean(dim=0))
     metrics = [*_metrics(sums, images, texts), modality_gap]
     return {name: value.float() for name, value in zip(NAMES, metrics, strict=True)}
 

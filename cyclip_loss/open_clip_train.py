@@ -16,7 +16,6 @@ import argparse
 import inspect
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,12 +28,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.loss import ClipLoss, CyCLIPLoss, UnsuitableLoss, WithCyclicPenalty
 from cyclip_loss.options import (
     DIST_IMPLS,
-    IMPLS,
     PRESETS,
     SAME_IDS,
     SIGLIP_DIST_IMPLS,
@@ -42,14 +39,12 @@ from cyclip_loss.options import (
     as_keywords,
 )
 from cyclip_loss.siglip import CySigLIPLoss, SigLipLoss
-from cyclip_loss.usage_warnings import LARGEST_CONSTANT
 
 Function = Callable[..., Any]
 # What the trainer's main module calls: its own functions, replaced by methods of `_Swap`, and the
 # learning rate schedules, replaced by `_Swap.schedule`.
 REPLACED = (
     "parse_args",
-    "setup_logging",
     "create_model_and_transforms",
     "get_tokenizer",
     "create_loss",
@@ -76,10 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     # torchrun allows a "--" before the script's flags; some versions of Python pass it on.
     ours, theirs = parse([flag for flag in argv if flag != "--"])
-    try:
-        trainer = import_module("open_clip_train.main")
-    except ImportError as why:
-        raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
+    trainer = import_module("open_clip_train.main")
     swap = _Swap(ours)
     replaced: dict[str, Any] = {
         name: partial(getattr(swap, name, swap.schedule), getattr(trainer, name))
@@ -119,7 +111,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="JSON",
         help="keyword arguments of --loss, such as '{\"margin\": 0.1}'",
     )
-    add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add(
         "--dist-impl",
         "--loss-dist-impl",  # OpenCLIP's
@@ -160,7 +151,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     add(
         "--lambda-warmup",
-        type=steps_or_share,
+        type=lambda text: float(text) if "." in text else int(text),
         metavar="STEPS",
         help="raise both weights from 0 over this many steps (0.5: over half of all steps), "
         "instead of --lambda-progress",
@@ -197,21 +188,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def set_penalties(ours: argparse.Namespace) -> None:
     """Set all of `PENALTIES`: the paper's values, changed by the preset, changed by the flags.
 
-    Raises ValueError if a value is bad, or if flags exclude each other or need another one.
+    Raises ValueError if a value is bad, or if a flag needs another one.
     """
     given = {name: value for name, value in vars(ours).items() if name in PENALTIES}
     preset = getattr(ours, "penalties", None)
-    flags = [f"--{name.replace('_', '-')}" for name in given]
-    if flags and preset == "none":
-        raise ValueError(f"--penalties none excludes {flags[0]}")
-    if flags and not preset and not given.keys() & {*LAMBDAS}:
-        raise ValueError(f"{flags[0]} needs --penalties, --lambda-inmodal or --lambda-crossmodal")
+    if given and not preset and not given.keys() & {*LAMBDAS}:
+        raise ValueError(f"{[*given]} need --penalties, --lambda-inmodal or --lambda-crossmodal")
     values = PENALTIES | PRESETS[preset or "none"] | given
     if given.get("lambda_warmup") or given.get("lambda_progress"):
         # It takes the place of the preset's.
         values |= {"lambda_warmup": 0, "lambda_progress": False} | given
-    if values["lambda_warmup"] and values["lambda_progress"]:
-        raise ValueError("--lambda-progress excludes --lambda-warmup")
     values["reference_batch_size"] = values["reference_batch_size"] or None
     vars(ours).update(values, penalties=preset or ("custom" if given else "none"))
     PenaltyOptions(**penalty_options(ours))
@@ -219,24 +205,15 @@ def set_penalties(ours: argparse.Namespace) -> None:
 
 def penalty_options(ours: argparse.Namespace) -> dict[str, Any]:
     """The options of all losses with penalties, from the launcher's flags."""
-    names = (*LAMBDAS, "reference_batch_size", "centered", "impl")
+    names = (*LAMBDAS, "reference_batch_size", "centered")
     return {name: getattr(ours, name) for name in names}
 
 
-def steps_or_share(text: str) -> int | float:
-    """An argument's type: a number of steps or, with a decimal point, a fraction of all steps."""
-    if not re.fullmatch(r"\d+|0?\.\d+|1\.0*", text):
-        raise argparse.ArgumentTypeError(
-            f"must be a number of steps >= 0, or a fraction of all steps up to 1.0, not {text}"
-        )
-    return float(text) if "." in text else int(text)
-
-
 def loss_path(text: str) -> str:
-    """An argument's type: MODULE:NAME of something callable, which can be imported."""
+    """An argument's type: MODULE:NAME of what can be imported."""
     try:
-        partial(resolve_name(text))  # TypeError: not callable
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        resolve_name(text)
+    except (ImportError, AttributeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be MODULE:NAME, not {text}: {error}") from error
     return text
 
@@ -251,17 +228,14 @@ class ChosenLoss(nn.Module):
     """The loss of `--loss`, with the arguments and the result of OpenCLIP's losses.
 
     path: MODULE:NAME of a class or a function. arguments: its keyword arguments, which a function
-    gets in each call. Raises UnsuitableLoss, also when it is called.
+    gets in each call. Raises UnsuitableLoss if it has parameters.
     """
 
     def __init__(self, path: str, arguments: dict[str, Any]) -> None:
         super().__init__()
         chosen = resolve_name(path)
         is_class = isinstance(chosen, type)
-        try:
-            self.loss = chosen(**arguments) if is_class else partial(chosen, **arguments)
-        except TypeError as error:
-            raise UnsuitableLoss(f"--loss-arguments: {error}") from error
+        self.loss = chosen(**arguments) if is_class else partial(chosen, **arguments)
         if list(self.parameters()):
             raise UnsuitableLoss("--loss has parameters, which OpenCLIP would not train")
 
@@ -269,15 +243,7 @@ class ChosenLoss(nn.Module):
         self, image_features: Any, text_features: Any, output_dict: bool = False, **others: Any
     ) -> Any:
         """The terms of the loss. others: what else the model returns."""
-        others |= {"image_features": image_features, "text_features": text_features}
-        try:
-            # A module's __call__ takes anything.
-            inspect.signature(getattr(self.loss, "forward", self.loss)).bind(**others)
-        except (TypeError, ValueError) as error:  # ValueError: a function lacks an argument
-            raise UnsuitableLoss(f"--loss is called with {list(others)}: {error}") from error
-        loss = self.loss(**others)
-        if isinstance(loss, tuple):
-            raise UnsuitableLoss("--loss returned a tuple: return a number, or a dict of terms")
+        loss = self.loss(image_features=image_features, text_features=text_features, **others)
         return loss if isinstance(loss, dict) else {"contrastive_loss": loss}
 
 
@@ -297,37 +263,18 @@ class _Swap:
     def parse_args(self, parse: Function, *args: Any) -> Any:
         """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
         parsed = parse(*args)
-        captions, preset = self.options.same_captions, self.options.penalties
-        problems = {
-            "--horovod is not supported: use torchrun": getattr(parsed, "horovod", False),
-            "--same-captions excludes --accum-freq above 1 and --torchscript": captions
-            and (parsed.accum_freq > 1 or getattr(parsed, "torchscript", False)),
-            "--skip-scheduler excludes a warm-up of the lambdas": self.options.lambda_warmup
-            and parsed.skip_scheduler,
-            f"--penalties {preset} is of CLIP's loss: with --siglip, give lambdas": parsed.siglip
-            and preset in PRESETS
-            and self.has_penalties,
-            "--loss-arguments needs --loss": self.options.loss_arguments and not self.options.loss,
-        }
-        for problem, found in problems.items():
-            if found:
-                raise SystemExit(f"cyclip_loss: {problem}")
+        if parsed.skip_scheduler and self.options.lambda_warmup:
+            raise SystemExit("cyclip_loss: --skip-scheduler excludes a warm-up of the lambdas")
+        preset = self.options.penalties
+        if parsed.siglip and preset in PRESETS and self.has_penalties:
+            raise SystemExit(
+                f"cyclip_loss: --penalties {preset} is of CLIP's loss: with --siglip, give lambdas"
+            )
         self.args = argparse.Namespace(**vars(parsed) | vars(self.options))
         return self.args
 
-    def setup_logging(self, setup: Function, *args: Any, **kwargs: Any) -> None:
-        """OpenCLIP's log, whose first line says what the penalties are."""
-        setup(*args, **kwargs)
-        values = as_keywords({name: getattr(self.options, name) for name in PENALTIES})
-        logging.info("Penalties: %s (%s)", self.options.penalties, values)
-
     def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:
         """OpenCLIP's model, with a hook that keeps the captions for the loss."""
-        if self.options.impl == "triton":
-            try:
-                engines.choose("triton", torch.empty(1, 1, device=kw["device"]))
-            except (ImportError, ValueError) as error:  # ImportError: Triton is broken
-                raise SystemExit(f"cyclip_loss: --impl triton: {error}") from error
         made = make(*args, **kw)
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -367,9 +314,8 @@ class _Swap:
                 "loss: take --no-lambda-progress or a warm-up"
             )
         if name in OURS:
-            options = self.penalty_options if self.has_penalties else {"impl": self.options.impl}
-            ours = OURS[name][self.has_penalties]
-            self.loss = ours(**options, dist_impl=self.options.dist_impl)
+            ours, options = OURS[name][self.has_penalties], {"dist_impl": self.options.dist_impl}
+            self.loss = ours(**options, **(self.penalty_options if self.has_penalties else {}))
             if self.options.lambda_progress:
                 self.loss.lambda_progress = True
             if self.options.same_captions:
@@ -385,18 +331,6 @@ class _Swap:
             self.loss = theirs
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
         logging.info("Loss: %s", self.loss)
-        # The pairs of one call.
-        total = self.args.batch_size * self.args.accum_freq * self.args.world_size
-        grows = self.options.lambda_warmup or self.options.lambda_progress
-        is_constant = self.has_penalties and not grows
-        if total > LARGEST_CONSTANT and is_constant and name != "SigLipLoss":
-            logging.warning(
-                "The lambdas are constant in batches of %s pairs. Above %s, that lowered the "
-                "accuracy in our experiments: take --lambda-progress or, with other losses than "
-                "CLIP's, --lambda-warmup 0.2 (docs/choosing.md)",
-                f"{total:,}",
-                f"{LARGEST_CONSTANT:,}",
-            )
         return self.loss
 
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -32,8 +32,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "strong": {"reference_batch_size": 128, "lambda_warmup": 0.2, "centered": True},
     "paper": {},
 }
-# Takes the place of the process group, which cannot be stored, in a stored module.
-NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
 def as_keywords(values: Mapping[str, Any]) -> str:
@@ -42,7 +40,7 @@ def as_keywords(values: Mapping[str, Any]) -> str:
 
 
 def number(name: str, value: Any, kind: str = "a number") -> float:
-    """The value as a float, or TypeError unless it is a number. Infinite if it is too large.
+    """The value as a float, or TypeError unless it is a number.
 
     Always a float: torch.compile treats an integer attribute as a constant, and a float as an
     input; and NumPy compares it with others without rounding them to the value's dtype.
@@ -50,10 +48,7 @@ def number(name: str, value: Any, kind: str = "a number") -> float:
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {kind}, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:  # Python's integers may be larger than floats
-        return inf
+    return float(value)
 
 
 def weight(name: str, value: Any) -> float:
@@ -80,10 +75,9 @@ def optional_batch_size(name: str, value: Any) -> float | None:
     """The value as a float, or an error unless it is None or an integer >= 1."""
     if value is None:
         return None
-    given = number(name, integer(name, value))
-    if not 1 <= given < inf:
-        raise ValueError(f"{name} must be >= 1 and finite, got {value}")
-    return given
+    if integer(name, value) < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    return float(value)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -125,7 +119,7 @@ def option(default: Any, check: Callable[[str, Any], Any], same_on_all_ranks: bo
 
 
 class _HeldGroup:
-    """A process group in a module. Copies of the module share it, and files do not hold it."""
+    """A process group in a module, which copies of the module share."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -133,15 +127,13 @@ class _HeldGroup:
     def __deepcopy__(self, memo: Any) -> "_HeldGroup":
         return self
 
-    def __reduce__(self) -> Any:
-        return _HeldGroup, (self.group and NOT_STORED,)
-
 
 @dataclass(eq=False, repr=False)
 class Options:
     """The options of every function. They may be set at any time.
 
-    Each is checked when it is set, but for `process_group`, which the call resolves.
+    Each is checked when it is set, but for `process_group`, which the call resolves, and for those
+    without effect.
     """
 
     _: KW_ONLY
@@ -243,6 +235,6 @@ class ContrastiveModule(ContrastiveOptions, Module):
 
     _: KW_ONLY
     same_ids: str = option("ignored", one_of(SAME_IDS))
-    cache_labels: bool = option(False, boolean, same_on_all_ranks=False)
-    rank: int = option(0, integer, same_on_all_ranks=False)
-    world_size: int = option(1, integer, same_on_all_ranks=False)
+    cache_labels: bool = False
+    rank: int = 0
+    world_size: int = 1

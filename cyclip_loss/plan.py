@@ -1,9 +1,4 @@
-"""The second step of a call: decide, once, how it is computed.
-
-`logging.getLogger("cyclip_loss").setLevel("DEBUG")` shows the plan of each call.
-"""
-
-import logging
+"""The second step of a call: decide, once, how it is computed."""
 
 import torch
 
@@ -18,7 +13,6 @@ from cyclip_loss.options import Options, PenaltyOptions
 DENSE_LIMIT = 1.0
 # Of at most this many logits (67 MB in float32), forward keeps the exponentials for backward.
 MAX_KEPT_EXPONENTIALS = 2**24
-_log = logging.getLogger("cyclip_loss")
 
 
 def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan:
@@ -28,10 +22,9 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     """
     features = batch.image_features
     traced = is_traced(features)
-    impl = engine_in_words = options.impl
+    impl = options.impl
     if not traced:
-        engine, engine_in_words = engines.choose(impl, features)
-        impl = "eager" if engine is engines.eager else impl
+        impl = "eager" if engines.choose(impl, features)[0] is engines.eager else impl
     logits = [x.logits for x in batch.comparisons]
     contrastive = "streamed" if logits else "none"
     penalties, with_cross, centered = "none", False, False
@@ -68,7 +61,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
     shares = contrastive == "streamed" and is_eager and features.is_cpu and strategy == "gather"
     inputs = (features, batch.text_features, *[x.logit_scale for x in logits[:1]])
     is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    plan = Plan(
+    return Plan(
         contrastive,
         penalties,
         impl,
@@ -79,6 +72,3 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         with_cross,
         centered,
     )
-    if not traced:
-        _log.debug("%d pairs on this rank, D = %d: %s; %s", *features.shape, engine_in_words, plan)
-    return plan

@@ -27,7 +27,7 @@ from cyclip_loss.plan import make_plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.ranks.groups import uncompiled_if_uneven
-from cyclip_loss.terms import contrastive, cyclic, sum_of_terms
+from cyclip_loss.terms import cyclic, streamed, sum_of_terms
 from cyclip_loss.terms.operators import Operator, first_derivatives
 
 
@@ -73,7 +73,7 @@ class CySigLIPLoss(ContrastiveModule):
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
-    chunk_size: int = option(0, options.integer, same_on_all_ranks=False)
+    chunk_size: int = 0
 
     @uncompiled_if_uneven
     def forward(
@@ -116,7 +116,7 @@ class CySigLIPLoss(ContrastiveModule):
             negative_text_ids=negative_text_ids,
         )
         plan = make_plan(batch, self, output_dict)
-        started = contrastive.start(batch, plan)
+        started = streamed.start(batch, plan)
         penalties = cyclic.start(batch, plan)
         loss = elementwise_loss(self.elementwise, batch, plan, started, penalties.grams)
         terms = {"contrastive_loss": loss, **cyclic.terms(batch, penalties, plan, self)}
@@ -162,12 +162,12 @@ def elementwise_loss(
     function: str,
     batch: Batch,
     plan: Plan,
-    started: list[contrastive.PendingGather],
+    started: list[streamed.PendingGather],
     grams: Tensor | None,
 ) -> Tensor:
     """The loss without penalties, a scalar of the accumulation dtype.
 
-    function: a name in `eager.ELEMENTWISE`; started, grams: as in `contrastive.log_sum_exps`.
+    function: a name in `eager.ELEMENTWISE`; started, grams: as in `streamed.log_sum_exps`.
     """
     bias: Any = batch.logit_bias
     after = tensors_of((started, grams))
@@ -179,7 +179,7 @@ def elementwise_loss(
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
-        inputs = contrastive.distinct([*logits, *gathered, ranks, *after])
+        inputs = streamed.distinct([*logits, *gathered, ranks, *after])
         loss = _Elementwise.apply(  # type: ignore[no-untyped-call]
             bias, needs, function, plan, *inputs
         )
@@ -211,7 +211,7 @@ class _Elementwise(torch.autograd.Function):
     """The sum over all elements of the global batch: a scalar of the accumulation dtype.
 
     The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
-    needed, the name of the function, the plan, those of `contrastive.with_gathered_columns`, and
+    needed, the name of the function, the plan, those of `streamed.with_gathered_columns`, and
     what was sent before.
     """
 
@@ -219,10 +219,10 @@ class _Elementwise(torch.autograd.Function):
     def forward(
         ctx: Any, logit_bias: Tensor, needs: list[bool], function: str, plan: Plan, *inputs: Any
     ) -> Tensor:
-        comparison = inputs[: contrastive.INPUTS_PER_COMPARISON]
+        comparison = inputs[: streamed.INPUTS_PER_COMPARISON]
         total: Tensor
         total, *grads = elementwise_step(
-            contrastive.with_gathered_columns(*comparison),
+            streamed.with_gathered_columns(*comparison),
             function,
             logit_bias,
             needs,
@@ -230,7 +230,7 @@ class _Elementwise(torch.autograd.Function):
             plan.impl,
             plan.strategy,
             comparison[-1],
-            list(inputs[contrastive.INPUTS_PER_COMPARISON :]),
+            list(inputs[streamed.INPUTS_PER_COMPARISON :]),
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
@@ -262,7 +262,7 @@ def _step(
 
     The gradients are in the accumulation dtype. Across W ranks they are W times those of the global
     sum, as DDP averages. The first three are empty where not needed; the bias's is not computed if
-    nothing is. after: as in `contrastive.logsumexp_forward`.
+    nothing is. after: as in `streamed.logsumexp_forward`.
     """
     elementwise_terms = engines.load(impl, logits.row_features).elementwise_terms
     sums = logits.logit_scale.expand(2) * 0.0  # NaN if it is infinite: logits may have no loss

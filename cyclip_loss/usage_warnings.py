@@ -1,6 +1,5 @@
 """Warnings, each given once per process; and those of likely mistakes in a call."""
 
-import sys
 import warnings
 from typing import Any
 
@@ -14,9 +13,6 @@ PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
 # Penalties more than this many times as strong as the paper's cause a warning. In our experiment
 # with 250,000 icons, penalties four times as strong lower the accuracy.
 STRONG = 2
-# With more pairs of all ranks than this, every constant lambda that we tried lowered the accuracy
-# (docs/lambda.md).
-LARGEST_CONSTANT = 1024
 # Rows normalised in bfloat16 differ from length 1 by less than 1 %.
 LENGTH_TOLERANCE = 0.05
 # CLIP's scale starts at 1 / 0.07 = 14.3 and ends at 100. The logarithm of 100 is 4.6.
@@ -30,7 +26,7 @@ class CyCLIPWarning(UserWarning):
 
 
 def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
-    """Warn with the user's line, once per process and subject.
+    """Warn once per process and subject.
 
     every_rank: warn on every rank that has the problem, because other ranks may not have it; else
     on rank 0 only.
@@ -41,12 +37,7 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     if rank > 0:
         text = f"rank {rank}: {text}"
     _warned.add(subject)
-    level, frame = 1, sys._getframe(0)
-    libraries = ("cyclip_loss", "torch")
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
-        level, frame = level + 1, frame.f_back
-    text = f"{text} (more: docs/questions.md)"
-    warnings.warn(text, CyCLIPWarning, stacklevel=level)
+    warnings.warn(f"{text} (more: docs/questions.md)", CyCLIPWarning, stacklevel=2)
 
 
 def warn_of_penalties(options: Any, num_pairs: int) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cyclip_loss import __version__
 from cyclip_loss.numerics import architecture, divisor_of, float32_is_exact
-from cyclip_loss.usage_warnings import warn_once
 
 # True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -177,11 +176,10 @@ def shipped(device: torch.device) -> _Tables:
     return _INTERPRETER if INTERPRETED else ARCHITECTURES[str(architecture(device))]
 
 
-def tiles_file() -> Path | None:
-    """Where `cyclip_loss.tune` keeps what it chose; None if CYCLIP_LOSS_TILES is off."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    file = os.environ.get("CYCLIP_LOSS_TILES") or f"{cache}/cyclip_loss/tiles.json"
-    return None if file == "off" else Path(file)
+def tiles_file() -> Path:
+    """Where `python -m benchmarks tune` keeps what it chose; without it, the file is missing."""
+    file = os.environ.get("CYCLIP_LOSS_TILES") or "~/.cache/cyclip_loss/tiles.json"
+    return Path(os.path.expanduser(file))
 
 
 def platform_of(device: torch.device) -> str:
@@ -203,24 +201,14 @@ def tiles_key(kernel: str, features: Tensor) -> str:
 def tuned(device: torch.device) -> dict[str, Config]:
     """The tiles that replace the shipped ones in this process, by `tiles_key`.
 
-    At first those of the file; none, with a warning, if it is broken. `cyclip_loss.tune` changes
-    this dictionary. device: as tensors have it, with an index.
+    At first those of the file. `python -m benchmarks tune` changes this dictionary. device: as
+    tensors have it, with an index.
     """
     file = tiles_file()
-    # A missing file is normal, unless CYCLIP_LOSS_TILES names it.
-    if not file or not (file.exists() or os.environ.get("CYCLIP_LOSS_TILES")):
+    if not file.exists():
         return {}
-    try:
-        entries = json.loads(file.read_text()).get(platform_of(device), {})
-        return {key: Config(**entry) for key, entry in entries.items()}
-    except Exception as error:
-        warn_once(
-            "tiles",
-            f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
-            "Run `python -m cyclip_loss.tune` without it, or set CYCLIP_LOSS_TILES=off",
-            every_rank=True,
-        )
-        return {}
+    entries = json.loads(file.read_text()).get(platform_of(device), {})
+    return {key: Config(**entry) for key, entry in entries.items()}
 
 
 def config_for(kernel: str, features: Tensor, with_ids: bool = False) -> Config:

@@ -31,7 +31,7 @@ MAX_SPLITS = 16
 MAX_PARTS_ELEMENTS = 2**26
 MIN_SPLIT_ROWS = 1024
 # 32-bit offsets reach through three matrices of this size, 8.5 GB. A multiple of all tiles, also of
-# the largest, 256, that `cyclip_loss.tune` may choose: D is padded to a multiple of the tile.
+# the largest, 256, that the tuner may choose: D is padded to a multiple of the tile.
 MAX_D = 26624
 
 

@@ -13,6 +13,9 @@ from cyclip_loss.engines import eager
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+needs_inductor = pytest.mark.skipif(
+    " " in torch.__file__, reason="Inductor does not quote PyTorch's path in its linker command"
+)
 
 
 def examples(share):

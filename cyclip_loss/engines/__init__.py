@@ -5,13 +5,11 @@ An engine is a module with the five functions that `eager.py` defines: `contrast
 is "triton", the kernels for CUDA and ROCm. With "auto", each layout of a call is compared with
 PyTorch before an engine computes it (`verification.py`); such an engine is a "verified" one.
 
-A further engine is its module, its name in `options.IMPLS`, and its lines in `MODULES` and
-`ENGINES`.
+A further engine is its module, its name in `options.IMPLS`, and a branch in `choose`.
 """
 
 import os
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -55,26 +53,22 @@ def choose(impl: str, features: Tensor) -> tuple[Any, str]:
         ValueError: an engine was asked for that does not support such features, or is not
             installed; or `impl` or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
-    source, asked = "impl", impl
-    if impl == "auto":
-        source = "CYCLIP_LOSS_IMPL"
-        asked = IMPL_OF_AUTO
+    source, asked = ("CYCLIP_LOSS_IMPL", IMPL_OF_AUTO) if impl == "auto" else ("impl", impl)
     one_of(IMPLS)(source, asked)
-    why_not: str | None = f"{source} is 'eager'"
     if features.dtype == torch.float64:
-        why_not = "the kernels do not compute float64"
-    elif asked != "eager":
-        for name in ENGINES if asked == "auto" else [asked]:
-            why_not = ENGINES[name](features, asked)
-            if asked == "auto":
-                why_not = why_not or verified(name, features).problem
-            elif why_not:
-                raise ValueError(f"{source}={asked!r}: {why_not}")
-            if not why_not:
-                kernels = (
-                    verified(name, features) if asked == "auto" else import_module(MODULES[name])
-                )
-                return kernels, f"{name.title()} kernels"
+        return eager, "PyTorch: the kernels do not compute float64"
+    if asked == "eager":
+        return eager, f"PyTorch: {source} is 'eager'"
+    why_not = _why_not_triton(features, asked)
+    if why_not and asked == "triton":
+        raise ValueError(f"{source}={asked!r}: {why_not}")
+    if not why_not:
+        kernels = verified(features)
+        if asked == "triton":
+            return kernels.kernels, "Triton kernels"
+        if kernels.problem is None:
+            return kernels, "Triton kernels"
+        why_not = kernels.problem
     return eager, f"PyTorch: {why_not}"
 
 
@@ -86,17 +80,19 @@ def load(impl: str, features: Tensor) -> Any:
     return eager if impl == "eager" or features.shape[0] == 0 else choose(impl, features)[0]
 
 
-def verified(name: str, features: Tensor) -> VerifiedKernels:
-    """The engine of this name for such features, which remembers the layouts that it compared.
+def verified(features: Tensor) -> VerifiedKernels:
+    """The kernels for such features, which remember the layouts that were compared.
 
-    A wrong layout switches the engine off for the features' device, dtype and precision.
+    A wrong layout switches them off for the features' device, dtype and precision.
     """
-    return _verified(name, features.device, features.dtype, float32_is_exact())
+    return _verified(features.device, features.dtype, float32_is_exact())
 
 
 @lru_cache
-def _verified(name: str, device: torch.device, dtype: torch.dtype, _: bool) -> VerifiedKernels:
-    return VerifiedKernels(import_module(MODULES[name]), device, dtype)
+def _verified(device: torch.device, dtype: torch.dtype, _: bool) -> VerifiedKernels:
+    from cyclip_loss.engines import triton
+
+    return VerifiedKernels(triton, device, dtype)
 
 
 def _why_not_triton(features: Tensor, asked: str) -> str:
@@ -140,9 +136,3 @@ def _import_problem() -> str:
             "ROCm: the one that PyTorch's index lists beside it)"
         )
     return ""
-
-
-# By the engine's name: its module, and why it does not compute such features, empty if it does
-# (features, what was asked for: "auto" or the engine).
-MODULES = {"triton": "cyclip_loss.engines.triton"}
-ENGINES = {"triton": _why_not_triton}

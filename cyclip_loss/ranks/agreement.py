@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from cyclip_loss.batch import Ranks
 from cyclip_loss.numerics import is_traced, on_device_of
 from cyclip_loss.options import ContrastiveOptions
-from cyclip_loss.ranks.collectives import finish_gather, is_gloo_on_gpu, start_gather
+from cyclip_loss.ranks.collectives import finish_gather, start_gather
 
 # For each group, the signatures of the calls that its ranks have agreed on.
 _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
@@ -60,10 +60,9 @@ def check_ranks_agree(
 
     # 7 bytes fit a positive int64.
     digest = blake2b(repr(own).encode(), digest_size=7).digest()
-    device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device
     # Always three numbers of rows, so that all functions gather the same shape.
     sent = [int.from_bytes(digest, "big"), *num_rows.values(), 0, 0][:4]
-    own_numbers = torch.tensor([sent], device=device)  # int64
+    own_numbers = torch.tensor([sent], device=features.device)  # int64
     gathered = finish_gather(start_gather(own_numbers, ranks), own_numbers, ranks)
     digests, *counts = zip(*gathered.tolist(), strict=True)
 
@@ -78,8 +77,11 @@ def check_ranks_agree(
     if not options.uneven:
         for name, on_ranks in zip(num_rows, counts):  # noqa: B905
             by_rank[f"the number of rows of {name} (unless uneven=True)"] = on_ranks
-    same = "must be the same on every rank, got"
-    differing = [f"{name} {same} {_listed(x)}" for name, x in by_rank.items() if len(set(x)) > 1]
+    differing = [
+        f"{name} must be the same on every rank, got {list(x)} (by rank)"
+        for name, x in by_rank.items()
+        if len(set(x)) > 1
+    ]
     if differing:
         raise ValueError("; ".join(differing) + " (more: docs/questions.md)")
     if sum(counts[0]) == 0:
@@ -89,13 +91,6 @@ def check_ranks_agree(
         name: ranks._replace(counts=list(x) if len(set(x)) > 1 else None)
         for name, x in zip(num_rows, counts)  # noqa: B905
     }
-
-
-def _listed(values: Sequence[Any]) -> str:
-    """The values by rank; on more than 16 ranks, up to 16 distinct values."""
-    if len(values) <= 16:
-        return f"{list(values)} (by rank)"
-    return f"{', '.join(sorted(set(map(str, values)))[:16])} on {len(values)} ranks"
 
 
 def _equal_rows(ranks: Ranks, num_rows: dict[str, int]) -> dict[str, Ranks]:

@@ -2,7 +2,7 @@
 
 "gather", also in one process: every rank has the text features of all ranks, (N, D).
 
-    forward    all-gather of the text features (started early, in `terms/contrastive.py`);
+    forward    all-gather of the text features (started early, in `terms/streamed.py`);
                all-reduces of the maxima of N columns, and of their sums
     backward   all-reduce of the sign of `upstream_scale` and, for float16, of a maximum; all-gather
                of N elements; reduce-scatter of the text gradients (N, D)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from cyclip_loss.batch import Ranks
-from cyclip_loss.options import NOT_STORED
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
@@ -18,22 +17,22 @@ def ranks_of(process_group: Any, distributed: bool = True) -> Ranks:
     """The ranks of a group; None is the default group, as in DDP. Not `distributed`: one process.
 
     Raises:
-        TypeError: `process_group` is not a process group.
-        ValueError: torch.distributed is not initialised, or this process is not in the group.
+        TypeError: `process_group` is not a process group that contains this process.
+        ValueError: torch.distributed is not initialised.
     """
     if not distributed:
         return Ranks()
     if not dist.is_available() or not dist.is_initialized():
-        if process_group not in (None, NOT_STORED):  # a loaded module works in one process
+        if process_group is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return Ranks()
     if process_group is None:
         process_group = dist.group.WORLD
-    outside: Any = dist.GroupMember.NON_GROUP_MEMBER
-    if process_group is outside:  # `new_group` returns it to processes outside the group
-        raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()}")
-    if not isinstance(process_group, ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
+    if not isinstance(process_group, ProcessGroup):  # `new_group` returns -100 to other processes
+        raise TypeError(
+            "process_group must be None, or a ProcessGroup that contains this process, got "
+            f"{process_group!r}"
+        )
     size = dist.get_world_size(process_group)
     if size == 1:
         return Ranks()
@@ -45,7 +44,7 @@ def uncompiled_if_uneven(call: _Call) -> _Call:
 
     The host waits for the numbers of rows anyway. In a graph, Inductor makes constants of what is
     computed from no rows, and loses on this rank alone the order that `after` gives to collectives
-    (`terms/contrastive.py`).
+    (`terms/streamed.py`).
 
     call: its first argument has the options.
     """

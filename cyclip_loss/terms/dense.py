@@ -50,20 +50,16 @@ def log_sum_exps(logits: Logits, may_share: bool = True) -> tuple[Tensor, Tensor
     masked = negatives if traced else detached
     pair_logits = negatives.new_empty(0)  # extra negatives have none
     if logits.has_pairs():
-        # While compiling, no view of the diagonal: Inductor makes its stride, N + 1, a constant
-        # (PyTorch 2.13).
         if traced:
+            # Not a view of the diagonal: Inductor makes its stride, N + 1, a constant (PyTorch
+            # 2.13). To write through such a view, below, is an operator without one.
             pairs = torch.linalg.vecdot(row_features, column_features) * logits.logit_scale
         else:
             pairs = negatives.diagonal()
         # NaN for an infinite pair logit, which would look perfectly matched.
         # (`torch.func.linearize` ends the process at `add` with another alpha than 1.)
         pair_logits = pairs + pairs.detach() * 0
-        if traced:
-            is_pair = torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
-            masked.masked_fill_(is_pair, lowest)
-        else:
-            masked.diagonal().fill_(lowest)
+        masked.diagonal().fill_(lowest)
     same = logits.same_ids(0, negatives.shape[0])
     if same is not None:
         masked.masked_fill_(same, lowest)

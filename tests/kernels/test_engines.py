@@ -99,7 +99,7 @@ def test_the_option_the_environment_and_the_features_choose_the_engine(
 ):
     monkeypatch.setattr(kernels, "MAX_D", 2)
     monkeypatch.setattr("cyclip_loss.engines.IMPL_OF_AUTO", variable)
-    verified = engines.verified("triton", SMALL)
+    verified = engines.verified(SMALL)
     expected = {"verified": verified, "kernels": kernels, "eager": eager}[engine]
     assert engines.choose(impl, features)[0] is expected
     assert engine_of(features, impl) == in_words
@@ -107,7 +107,7 @@ def test_the_option_the_environment_and_the_features_choose_the_engine(
 
 def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch):
     problem = "result 0 is off by 0.5"
-    monkeypatch.setattr(engines.verified("triton", SMALL), "problem", problem)
+    monkeypatch.setattr(engines.verified(SMALL), "problem", problem)
     assert engine_of(SMALL) == f"PyTorch: {problem}"
 
 

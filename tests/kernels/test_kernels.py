@@ -11,7 +11,8 @@ from inputs import Case, normal
 from support import setting
 
 from benchmarks.gate import compile as gate
-from cyclip_loss import CyCLIPLoss, tune
+from benchmarks.gpu import tune
+from cyclip_loss import CyCLIPLoss
 from cyclip_loss.engines import triton as kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.logits import Logits

@@ -1,6 +1,5 @@
-"""`python -m cyclip_loss.tune`: which tiles it chooses, and which of them later processes use."""
+"""`python -m benchmarks tune`: which tiles it chooses, and which of them later processes use."""
 
-import warnings
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
@@ -11,7 +10,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from cyclip_loss import CyCLIPWarning, tune
+from benchmarks.__main__ import make_parser
+from benchmarks.gpu import tune
 from cyclip_loss.engines import triton as kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import HALF, config_for
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that t
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch):
     """The file of tiles, which is not there yet. `main` takes the CPU for a GPU."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CYCLIP_LOSS_TILES", raising=False)
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     configs.tuned.cache_clear()
-    yield tmp_path / "cache" / "cyclip_loss" / "tiles.json"
+    yield tmp_path / ".cache" / "cyclip_loss" / "tiles.json"
     configs.tuned.cache_clear()
 
 
@@ -52,15 +52,8 @@ def tile_of(*shape, dtype=BFLOAT16, **options):
     return config_for("contrastive_lse", torch.ones(shape, dtype=dtype), **options)
 
 
-def warned():
-    """Look up a kernel's tile twice, and return the warnings. The tile must be the shipped one."""
-    configs.tuned.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert tile_of(3, 256) is SHIPPED
-    assert {warning.category for warning in caught} <= {CyCLIPWarning}
-    return [str(warning.message) for warning in caught]
+def command(*arguments):
+    return tune.main(make_parser().parse_args(["tune", *arguments]))
 
 
 @pytest.mark.parametrize("fault", ["", "not close", "RuntimeError: out of resource"])
@@ -78,7 +71,7 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
 
     for kernel in KERNELS:
         monkeypatch.setattr(kernels, kernel, partial(faulty, getattr(kernels, kernel)))
-    tune.main(["--n", "40", "--d", "24", "--dtype", "float32"])
+    assert command("--n", "40", "--d", "24", "--dtype", "float32") == 0
     lines = capsys.readouterr().out.splitlines()
     for kernel in KERNELS:
         *tried, row = [x for x in lines if x.startswith(f"{kernel} float32 ieee D%8")]
@@ -118,20 +111,19 @@ def run_main(monkeypatch, rows):
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "INTERPRETED", False)
         patch.setattr(tune, "tune", mock)
-        tune.main(["--n", "5", "--d", "6", "--seconds", "7", "--dtype", "float16"])
+        assert command("--n", "5", "--d", "6", "--seconds", "7", "--dtype", "float16") == 0
     assert mock.call_args.args[1:] == ([torch.float16], 5, 6, 7)
 
 
-@pytest.mark.parametrize("problem", ["no GPU on which", "can't be changed"])
-def test_the_command_ends_at_once_if_nothing_could_be_chosen_or_kept(
-    problem, tmp_path, monkeypatch, capsys
-):
+def test_the_command_ends_at_once_if_nothing_could_be_chosen_or_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path))  # a folder
-    if "GPU" in problem:
-        monkeypatch.setattr(tune, "architecture", lambda device: None)
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, [])
-    assert problem in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(tune, "tune", Mock(side_effect=AssertionError))
+    with pytest.raises(IsADirectoryError):
+        command()
+    monkeypatch.setattr(tune, "architecture", lambda device: None)
+    assert command() == 2
+    assert "no GPU on which" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kernel", ["gram_matrices", "cyclic_grads"])
@@ -178,28 +170,11 @@ def test_a_tile_is_used_for_its_own_gpu_dtype_and_divisor_of_d_only(file, monkey
     assert tile_of(3, 256) == SHIPPED
 
 
-def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
-    file, tmp_path, monkeypatch
-):
-    assert warned() == []  # the default file may be missing
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert configs.tiles_file() == tmp_path / ".cache/cyclip_loss/tiles.json"
-    monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "chosen.json"))
-    run_main(monkeypatch, [])
-    assert warned() == []  # the command has made the file before it looks up a tile
-    configs.tiles_file().unlink()
-    assert len(warned()) == 1  # a file that the user chose must exist
+def test_the_environment_variable_sets_the_file_of_tiles(file, tmp_path, monkeypatch):
+    assert configs.tiles_file() == file
+    chosen = tmp_path / "chosen.json"
+    monkeypatch.setenv("CYCLIP_LOSS_TILES", str(chosen))
+    assert tile_of(3, 256) is SHIPPED  # the file may be missing
     assert remember() == tile_of(3, 256)
-    monkeypatch.setenv("CYCLIP_LOSS_TILES", "off")
-    assert warned() == []
-    assert configs.tiles_file() is None
+    assert chosen.exists()
     assert not file.exists()
-
-
-@pytest.mark.parametrize("change", [("{", ""), ("num_warps", "colour")])
-def test_a_broken_file_gives_one_warning_with_its_path(change, file):
-    remember()
-    file.write_text(file.read_text().replace(*change))
-    (message,) = warned()
-    assert str(file) in message

@@ -21,14 +21,12 @@ from cyclip_loss import (
 
 # Errors come before any computation, so the device does not matter.
 GOOD = torch.ones(4, 3, device="cpu")
-NESTED = torch.nested.nested_tensor([GOOD[0], GOOD[1]])
-HUGE = 10**400  # has no float
 DTensor = type("DTensor", (torch.Tensor,), {})  # the check looks at the type's name
 ONE, IDS = GOOD[0, 0], GOOD[:, 0].long()
 # A subclass without a dispatch of its own, such as MONAI's MetaTensor, is an ordinary tensor.
 PLAIN = GOOD.as_subclass(type("Plain", (torch.Tensor,), {}))
 GIVEN = {FEATURES[0]: GOOD, FEATURES[1]: PLAIN, "logit_scale": 10.0}
-BAD_TYPES = [GOOD.tolist(), GOOD.long(), GOOD.to_sparse(), NESTED, GOOD.as_subclass(DTensor)]
+BAD_TYPES = [GOOD.tolist(), GOOD.long(), GOOD.as_subclass(DTensor)]
 BAD_SHAPES = [GOOD[0], GOOD[:0], GOOD[:, :0]]
 UNLIKE = {
     TypeError: [*BAD_TYPES, GOOD.double()],
@@ -39,11 +37,11 @@ BAD_ARGUMENTS = {
     FEATURES[0]: {TypeError: BAD_TYPES, ValueError: BAD_SHAPES},
     **dict.fromkeys((FEATURES[1], *VIEWS), UNLIKE),
     "logit_scale": {
-        TypeError: [None, True, ONE.long(), ONE.as_subclass(DTensor)],
-        ValueError: [0.0, -1, torch.nan, HUGE, GOOD[:2, 0], ONE.to("meta")],
+        TypeError: [None, True, ONE.as_subclass(DTensor)],
+        ValueError: [GOOD[:2, 0]],
     },
-    "logit_bias": {TypeError: ["0"], ValueError: [torch.nan, -HUGE]},
-    "ids": {TypeError: [GOOD[:, 0], IDS.to_sparse()], ValueError: [IDS[:3], IDS.to("meta")]},
+    "logit_bias": {TypeError: ["0"]},
+    "ids": {TypeError: [GOOD[:, 0]], ValueError: [IDS[:3], IDS.to("meta")]},
     "output_dict": {TypeError: [0.25]},
     NEGATIVES[0]: {ValueError: [GOOD[:, :2], GOOD[0]]},
     NEGATIVES[1]: {TypeError: [GOOD.double()]},
@@ -56,9 +54,8 @@ def refused(error, name, value, call):
         call()
     came = [repr(value), type(value).__name__]
     if isinstance(value, torch.Tensor):
-        sizes = () if value.is_nested else tuple(value.shape)
-        came = ["DTensor", value.dtype, value.layout, value.device, sizes]
-        came += [f"and {size}" for size in sizes]
+        came = ["DTensor", value.dtype, value.device, tuple(value.shape)]
+        came += [f"and {size}" for size in value.shape]
     assert any(str(x) in str(caught.value) for x in came), caught.value
 
 
@@ -97,17 +94,10 @@ def call(**options):
         (lambda: call(process_group="a group"), ValueError, "not initialised"),
         (lambda: call(rank=3), ValueError, "rank=3 and world_size=1"),
         (
-            lambda: CyCLIPLoss()(**GIVEN, negative_text_ids=IDS),
-            ValueError,
-            "negative_text_ids needs negative_text_features",
-        ),
-        (
             lambda: CyCLIPLoss()(**GIVEN, **{NEGATIVES[1]: GOOD}, negative_image_ids=IDS),
             ValueError,
             "negative_image_ids needs ids",
         ),
-        # A scalar of no dimension goes with features on any device.
-        (lambda: CyCLIPLoss()(*[GOOD.to("meta")] * 2, GOOD[:1, 0]), ValueError, "logit_scale"),
         # Not before the call, as the group may be initialised after construction.
         (
             lambda: torch.compile(CyCLIPLoss(rank=3, world_size=8), backend="eager")(**GIVEN),
@@ -121,8 +111,7 @@ def call(**options):
         ),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_image_features=GOOD), ValueError, VIEWS[1]),
         (lambda: CyCLIPLoss()(**GIVEN, augmented_text_features=GOOD), ValueError, VIEWS[0]),
-        (lambda: caption_ids(NESTED), TypeError, "tokens"),
-        (lambda: caption_ids(GOOD), TypeError, "tokens"),
+        (lambda: CyCLIPLoss()(**GIVEN, ids=caption_ids(GOOD)), TypeError, "ids"),
     ],
 )
 def test_a_wrong_use_is_refused(use, error, message):
@@ -137,7 +126,7 @@ BAD_OPTIONS = {
     ValueError: [
         *((EVERY, "lambda_inmodal", bad) for bad in (-0.1, torch.nan)),
         (EVERY, "lambda_crossmodal", torch.inf),
-        *((EVERY, "reference_batch_size", bad) for bad in (0, HUGE)),
+        (EVERY, "reference_batch_size", 0),
         (EVERY, "impl", "cuda"),
         *((LOSS, "dist_impl", bad) for bad in ("rows", ["gather"])),
         (LOSS, "same_ids", "equal"),
@@ -151,7 +140,6 @@ BAD_OPTIONS = {
         *((EVERY, "reference_batch_size", bad) for bad in (128.0, True)),
         (EVERY, "distributed", "no"),
         (LOSS, "uneven", 1),
-        (LOSS, "rank", 1.0),
     ],
 }
 
@@ -178,12 +166,6 @@ def test_repr_shows_the_options_that_differ_from_their_default():
 def test_features_without_values_have_a_loss_without_value():
     meta = GOOD.to("meta")
     assert CyCLIPLoss()(meta, meta, 10.0).is_meta
-
-
-def test_a_call_logs_its_plan(caplog):
-    caplog.set_level("DEBUG", "cyclip_loss")
-    call(impl="eager")
-    assert "4 pairs on this rank, D = 3: PyTorch: impl is 'eager'; Plan(" in caplog.text
 
 
 def test_a_penalty_without_weights_ignores_values_that_are_not_finite():

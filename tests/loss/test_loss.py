@@ -1,7 +1,6 @@
 """Accuracy of the loss in every dtype, layout and geometry; the definition itself; precision."""
 
 from dataclasses import replace
-from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -221,16 +220,10 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(dtype, monkeypatch
 
 
 def test_16_bit_matrices_are_widened_if_their_device_refuses_such_products(monkeypatch):
-    """Not if the device fails: the next call tries again."""
-    errors = torch.OutOfMemoryError(), RuntimeError("CUDA error"), RuntimeError("NOT_SUPPORTED")
-    monkeypatch.setattr(torch, "mm", Mock(side_effect=errors))
+    monkeypatch.setattr(torch, "mm", Mock(side_effect=RuntimeError("NOT_SUPPORTED")))
     # No other test has this dtype on the device "meta", which stands for a GPU here.
     features = torch.ones(3, 3, dtype=torch.float16, device="meta")
-    product = partial(numerics.matmul, features, features, torch.float32)
-    for error in errors[:2]:
-        with pytest.raises(type(error)):
-            product()
-    assert product().dtype == torch.float32
+    assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
 
 
 def test_float16_gradients_of_confident_positives_fit(impl, device):

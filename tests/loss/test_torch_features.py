@@ -217,18 +217,6 @@ def test_the_operators_pass_pytorchs_checks(device, monkeypatch):
     assert len(checked) == 5
 
 
-@pytest.mark.parametrize("n", [3, 30])
-def test_inductor_keeps_all_gradients(n, device):
-    """PyTorch 2.13's Inductor dropped the gradient of the pairs' logits in a draft of our code.
-
-    Most tests compile with other backends.
-    """
-    loss, inputs = CyCLIPLoss(), Case(n, 4).inputs(device)
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(results(compiled, *inputs), results(loss, *inputs))
-
-
 def test_a_tensor_twice_a_wrapped_and_a_new_loss_compile_into_one_graph(device):
     loss, another = CyCLIPLoss(0.2, 0.1, uneven=True), WithCyclicPenalty(PlainClip())
 

@@ -18,9 +18,8 @@ from rank_cases import RankCase
 from support import forget_warnings
 from torch.distributed._functional_collectives import all_gather_tensor
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, consistency_metrics
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning
 from cyclip_loss.engines.verification import VerifiedKernels
-from cyclip_loss.ranks import agreement
 
 # A rank's call has options of its `Case`, and these of the function under test.
 NO_EFFECT = (
@@ -33,14 +32,10 @@ def outcome(call):
     """ "right", or the error."""
     options = {"n": 4, "d": 4, **call}
     across_ranks = {name: options.pop(name) for name in ACROSS_RANKS if name in call}
-    metrics = options.pop("metrics", False)
     case = Case(**options)
     given = case.arguments(own_device())
     try:
-        if metrics:
-            consistency_metrics(*(given[name] for name in FEATURES), distributed=True)
-        else:
-            evaluate(case, given, across_ranks.pop("impl", "auto"), **across_ranks)
+        evaluate(case, given, across_ranks.pop("impl", "auto"), **across_ranks)
     except ValueError as error:
         return str(error)
     return "right"
@@ -88,7 +83,6 @@ DIFFERING = [
         VIEWS | RING | {"frozen": NO_VIEW | set(names)} for names in ([], FEATURES[:1]))),
     ("the function", {}, LSE),
     ("the function", SIGLIP, {}),
-    ("the function", UNEVEN, {"metrics": True}),
     ("one_way", LSE, {"function": "one way"}),
 ]  # fmt: skip
 
@@ -106,12 +100,6 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     assert "must be the same on every rank, got [" in errors[0]
     assert not set(NO_EFFECT) & set(errors[0].split())
     assert before + after == ("right",) * 4
-
-
-def test_of_many_ranks_an_error_lists_sixteen_values_at_most():
-    assert agreement._listed(range(16)) == f"{[*range(16)]} (by rank)"
-    assert agreement._listed(["ring", "gather"] * 9) == "gather, ring on 18 ranks"
-    assert len(agreement._listed(range(99)).split(",")) == 16
 
 
 def test_options_without_effect_may_differ(ranks):

@@ -1,9 +1,10 @@
 """Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64.
 
 A new recipe is a section of the page with a block that sets `loss`, and its N x N form in `DENSE`.
-The section says whether it takes ids.
+A section that does not take ids says so.
 """
 
+import re
 from functools import partial
 from unittest import mock
 
@@ -17,19 +18,29 @@ from inputs import pairs
 import cyclip_loss
 from benchmarks.measure import allocated_peak
 
-D, TAU, SCALE, TEACHER_SCALE, WIDTHS = 5, 0.03, 6.0, 30.0, (2, 5)
+D, SCALE, TEACHER_SCALE, WIDTHS = 5, 6.0, 30.0, (2, 5)
 TEACHER = ("teacher_images", "teacher_texts")
 CONSTANTS = ("weights", "image_queue", "text_queue", "log_weights", *TEACHER)
 FEATURES = ("image_features", "text_features", "hard_negatives", "other_captions")
-NUMBERS = {"tau": TAU, "alpha": 9.0, "smoothing": 0.1}
+NUMBERS = {"alpha": 9.0, "smoothing": 0.1}
 NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3, "margin": 0.02}
 SCALE_FACTORS = {("image", "text"): 1, ("image", "audio"): 2, ("text", "audio"): 3}
+PAGE = (pages.ROOT / "docs/losses.md").read_text()
 BLOCKS = pages.blocks("docs/losses.md")
+CHAPTERS = [[block[3] for block in pages.BLOCK.finditer(text)] for text in PAGE.split("\n## ")]
 
 
 def block_with(text):
     (found,) = [block for block in BLOCKS if text in block]
     return found
+
+
+def recipe(marker):
+    """The blocks to run: the first of the chapter, the one with this text, and what uses a mask."""
+    block = block_with(marker)
+    (chapter,) = [chapter for chapter in CHAPTERS if block in chapter]
+    users = chapter[-1:] if "def left_out" in block else []
+    return list(dict.fromkeys([chapter[0], block, *users]))
 
 
 def random_features(n, seed):
@@ -64,35 +75,30 @@ def make_data(n):
     } | dict(zip(TEACHER, pairs(n, D + 2, 0.5, seed=9, device="cpu"), strict=True))
 
 
-def run_block(block, data, n, ids=None, **options):
-    """The loss that the block computes from these variables. n: pairs in the whole batch."""
-    names = dict(data)
+def run_recipe(marker, data, n, ids=None, **options):
+    """The loss that a recipe computes from these variables. n: pairs in the whole batch."""
+    names, blocks = dict(data), recipe(marker)
     exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, ids=ids, **options)
-    names["CyCLIPLoss"] = lambda *lambdas: partial(
-        cyclip_loss.CyCLIPLoss(*lambdas, **options), ids=ids
-    )
-    names["ClipLoss"] = partial(cyclip_loss.ClipLoss, **options)
+    names["ClipLoss"] = lambda **own: partial(cyclip_loss.ClipLoss(**own, **options), ids=ids)
     scale = names["logit_scale"]
     names["scales"] = {pair: factor * scale for pair, factor in SCALE_FACTORS.items()}
     names |= {"queries": names["image_features"], "documents": names["text_features"]}
     names |= {"first": names["image_features"], "second": names["text_features"]}
-    names |= {"loss_fn": names["CyCLIPLoss"](0, 0), "widths": WIDTHS, "gather": lambda x: x}
+    names |= {"loss_fn": names["ClipLoss"](), "widths": WIDTHS, "gather": lambda x: x}
     if torch.distributed.is_initialized():
         exec(block_with("class Gather"), names)
-    if "log_sum_exps(" in block:
+    if any("log_sum_exps(" in block for block in blocks):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         names["first"] = rank * len(names["image_features"])
-        exec(block_with("def log_sum_exps"), names)
-        names["log_sum_exps"] = partial(names["log_sum_exps"], block_size=7)
-        exec(block_with("def best_matches"), names)
+        blocks = dict.fromkeys([block_with("def log_sum_exps"), *blocks])
     names |= {"num_negatives": n - 1, "num_samples": n, **NUMBERS}
-    if "moving_average(" in block:
-        exec(block_with("class MovingAverageLoss"), names)
-        names["moving_average"].double().log_u[:] = moving_averages(n)
     # Shuffles within a rank are not those of the whole batch, so rows keep their order.
     with mock.patch.object(torch, "randperm", torch.arange):
-        exec(block, names)
+        for block in blocks:
+            exec(block.replace("block_size=64", "block_size=7"), names)
+            if "class MovingAverageLoss" in block:
+                names["moving_average"].double().log_u[:] = moving_averages(n)
     return names["loss"]
 
 
@@ -137,7 +143,8 @@ def one_way(data, negatives):
 
 def two_kinds_of_negatives(data, negatives):
     queries = data["image_features"]
-    logits = 20 * queries @ torch.cat((data["text_features"], queries)).T
+    documents = torch.cat((data["text_features"], queries, data["hard_negatives"]))
+    logits = 20 * queries @ documents.T
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
 
 
@@ -253,15 +260,6 @@ def decoupled(data, negatives):
     return (kept.logsumexp(1) + kept.logsumexp(0) - 2 * logits.diagonal()).mean() / 2
 
 
-def debiased(data, negatives):
-    exps = logits_of(data).exp()
-    count = len(exps) - 1
-    mean = exps.where(negatives, 0.0).sum(dim=1) / count
-    g = (mean - TAU * exps.diagonal()) / (1 - TAU)
-    g = torch.maximum(g, torch.exp(-data["logit_scale"]))
-    return torch.log(1 + count * g / exps.diagonal()).mean()
-
-
 def moving_average(data, negatives):
     logits, n = logits_of(data), len(negatives)
     g = logits.exp().where(negatives, 0.0).sum(dim=1) / (n - 1)
@@ -281,17 +279,21 @@ def temperatures(data, negatives):
     return cross_entropy(logits, negatives).mean()
 
 
+def without(left_out, data, negatives):
+    kept, logits = negatives & ~left_out, logits_of(data)
+    return (cross_entropy(logits, kept) + cross_entropy(logits.T, kept.T)).mean() / 2
+
+
 def margin(data, negatives):
     logits = logits_of(data)
     limit = logits.diagonal()[:, None] + data["logit_scale"] * NUMBERS["margin"]
-    return cross_entropy(logits, negatives & (logits <= limit)).mean()
+    return without(logits > limit, data, negatives)
 
 
 def guide(data, negatives):
     similarities = data["teacher_images"] @ data["teacher_texts"].T
     limit = similarities.diagonal()[:, None] - NUMBERS["margin"]
-    kept, logits = negatives & (similarities <= limit), logits_of(data)
-    return (cross_entropy(logits, kept) + cross_entropy(logits.T, kept.T)).mean() / 2
+    return without(similarities > limit, data, negatives)
 
 
 def token_scores(data, queries, documents):
@@ -306,19 +308,10 @@ def maxsim(data, negatives):
     return both_ways(logits, negatives).mean()
 
 
-def filip(data, negatives):
-    loss = 0
-    for queries, documents in (("image", "text"), ("text", "image")):
-        counts = data[f"{queries}_mask"].sum(1)[:, None]
-        logits = data["logit_scale"] * token_scores(data, queries, documents).sum(2) / counts
-        loss += cross_entropy(logits, negatives).mean() / 2
-    return loss
-
-
 # A text that only this block of the page has -> its N x N form: the loss of the variables that
 # `make_data` makes, with the mask of the negatives.
 DENSE = {
-    "text_features, logit_scale\n)\nloss = (softplus(row - pair)": clip,
+    "loss = losses.mean() / 2\n": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,
     "negative_text_features=other_captions": several_captions,
@@ -331,28 +324,25 @@ DENSE = {
     "index.repeat(2)": simclr,
     "labels.repeat(2)": supcon,
     "for width in widths": matryoshka,
-    "image_queue": queue,
+    "image_queue = ": queue,
     "for (a, b), weight": more_than_two_towers,
     "def find_partners": three_modalities,
-    "((row - pair) + (column - pair))": decoupled,
-    "false_negatives = ": debiased,
+    "(row + column - 2 * pair)": decoupled,
     "loss = moving_average(": moving_average,
     "loss = torch.logsumexp(row, dim=0)": uniformity,
     "scaled = row_scales": temperatures,
     "logits > pair + logit_scale * margin": margin,
     "own - margin": guide,
     "score, len(text_tokens)": maxsim,
-    "def filip": filip,
 }
-NEED_TWO_PAIRS = (decoupled, debiased, moving_average, uniformity)
+NEED_TWO_PAIRS = (decoupled, moving_average, uniformity)
 # Recipes that are written differently across ranks.
 ACROSS_RANKS = {"loss = torch.logsumexp(row, dim=0)": "torch.distributed.all_reduce(total)"}
 
 
-def recipes(answer=""):
-    """The recipes whose section of the page gives this answer."""
-    sections = (pages.ROOT / "docs/losses.md").read_text().split("\n## ")
-    return [marker for marker in DENSE for text in sections if marker in text and answer in text]
+def recipes_with_ids():
+    sections = re.split(r"\n##+ ", PAGE)
+    return [x for x in DENSE for text in sections if x in text and "No `ids`" not in text]
 
 
 def results(loss_fn, data):
@@ -374,25 +364,25 @@ def expected(marker, n, ids):
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 # Numbers of pairs, and of distinct ids (0: no ids). With one id, the only negatives are the hard
 # ones.
-SIZES = [(marker, n, 0) for marker in recipes() for n in (2, 40)]
-SIZES += [(marker, 1, 0) for marker in recipes() if DENSE[marker] not in NEED_TWO_PAIRS]
-SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinct in (1, 3)]
+SIZES = [(marker, n, 0) for marker in DENSE for n in (2, 40)]
+SIZES += [(marker, 1, 0) for marker in DENSE if DENSE[marker] not in NEED_TWO_PAIRS]
+SIZES += [(marker, 20, distinct) for marker in recipes_with_ids() for distinct in (1, 3)]
 
 
 @pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
 def test_a_recipe_equals_its_dense_form(marker, n, distinct):
     ids = torch.arange(n) % distinct if distinct else None
-    found = results(lambda data: run_block(block_with(marker), data, n, ids), make_data(n))
+    found = results(lambda data: run_recipe(marker, data, n, ids), make_data(n))
     torch.testing.assert_close(found, expected(marker, n, ids), **CLOSE)
 
 
 def step(rank, world_size, marker, n, dist_impl):
     own = {name: x.chunk(world_size)[rank] for name, x in make_data(n).items()}
-    block = block_with(ACROSS_RANKS.get(marker, marker))
-    return results(lambda data: run_block(block, data, n, dist_impl=dist_impl), own)
+    marker = ACROSS_RANKS.get(marker, marker)
+    return results(lambda data: run_recipe(marker, data, n, dist_impl=dist_impl), own)
 
 
-@pytest.mark.parametrize("marker", recipes())
+@pytest.mark.parametrize("marker", DENSE)
 @pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring")])
 def test_a_recipe_across_ranks_equals_its_dense_form(marker, world_size, dist_impl, ranks):
     n = 12
@@ -407,8 +397,8 @@ def test_a_recipe_across_ranks_equals_its_dense_form(marker, world_size, dist_im
 
 
 def test_every_recipe_of_the_page_is_compared():
-    compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
-    assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
+    compared = {x for marker in (*DENSE, *ACROSS_RANKS.values()) for x in recipe(marker)}
+    assert {x for x in BLOCKS if re.search("^(loss = |def left_out)", x, re.M)} <= compared
 
 
 @pytest.mark.parametrize(
@@ -419,6 +409,5 @@ def test_every_recipe_of_the_page_is_compared():
 def test_soft_targets_and_maxsim_need_no_matrix(marker, n, tokens):
     """In float64. The N x N forms keep several matrices, of similarities of tokens."""
     torch.backends.cuda.enable_flash_sdp(True)  # `pretrain` on a CPU switches it off
-    block = block_with(marker)
-    step = partial(results, lambda data: run_block(block, data, n), make_data(n))
+    step = partial(results, lambda data: run_recipe(marker, data, n), make_data(n))
     assert allocated_peak(torch.device("cpu"), step) < 8 * n * n * tokens

@@ -34,7 +34,6 @@ from cyclip_loss import (
     CySigLIPLoss,
     WithCyclicPenalty,
     caption_ids,
-    engines,
     open_clip_train,
 )
 from cyclip_loss.options import PRESETS
@@ -141,11 +140,8 @@ def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(
         assert (found["inmodal_cyclic_loss"] > 0) == (flags != HALVES)
     written = {*(tmp_path / "run" / "params.txt").read_text().splitlines()}
     assert {*parameters} <= written
-    # The log begins with the penalties.
-    first, *_ = (tmp_path / "run" / "out.log").read_text().splitlines()
-    preset, values = re.search(r"Penalties: (\w+) \((.*)\)", first).groups()
-    assert {f"penalties: {preset}", *values.replace("=", ": ").split(", ")} <= written
-    assert [value.partition("=")[0] for value in values.split(", ")] == [*open_clip_train.PENALTIES]
+    # params.txt has the values that the preset sets.
+    assert {*open_clip_train.PENALTIES} <= {line.partition(":")[0] for line in written}
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
 
 
@@ -222,9 +218,8 @@ class Trainer(ModuleType):
 
     def __init__(self, theirs, version="3", **settings):
         super().__init__("open_clip_train.main")
-        flags = {"accum_freq": 1, "skip_scheduler": False, "calls": True}
-        flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
-        flags |= {"device": "cpu", "pad_id": None} | settings
+        flags = {"skip_scheduler": False, "calls": True}
+        flags |= {"epoch": 1, "schedule": "cosine_lr", "device": "cpu", "pad_id": None} | settings
         parser = ArgumentParser()  # as OpenCLIP's, it takes abbreviations
         parser.add_argument("--siglip", action="store_true")
         self.parse_args = lambda argv: parser.parse_known_args(argv, Namespace(**flags))[0]
@@ -347,10 +342,6 @@ def test_the_chosen_loss_is_trained_with_the_penalties_that_are_asked_for(
     torch.testing.assert_close(penalties, expected)
 
 
-def without_scale(image_features, text_features):
-    return (image_features * text_features).sum()
-
-
 def total(image_features, text_features, logit_scale):
     return {"total": image_features.sum()}
 
@@ -368,20 +359,17 @@ CAPTIONS = "--same-captions"
         ({"calls": False}, (), "did not call this loss"),
         ({"version": "unknown"}, STRONG, "did not call this loss"),
         ({"theirs": nn.CrossEntropyLoss()}, PAPER, "Loss.forward takes ['input', 'target']"),
-        ({"horovod": True}, (), "--horovod is not supported"),
         ({"skip_scheduler": True}, STRONG, "--skip-scheduler"),
         ({"theirs": CoCaLoss(2.0, 1.0)}, RECOMMENDED, "--lambda-progress, which"),
         ({"theirs": SigLipLoss()}, ("--sigl", *STRONG), "with --siglip, give lambdas"),
-        ({"accum_freq": 2}, (CAPTIONS, "ignored"), "excludes --accum-freq above 1"),
-        ({"torchscript": True}, (CAPTIONS, "ignored"), "and --torchscript"),
         ({"theirs": DistillClipLoss()}, RING, "--dist-impl need CLIP's or SigLIP's loss"),
-        ({}, ("--loss", "test_open_clip_train:total"), "the keys ['total']"),
-        ({}, ("--loss", "test_open_clip_train:without_scale"), "'logit_scale'"),
-        ({}, ("--loss", "test_open_clip_train:two_terms"), "--loss returned a tuple"),
-        ({}, ("--loss", "torch.nn:Bilinear"), "--loss-arguments: "),
-        ({}, ("--loss-arguments", "[1]"), "--loss-arguments needs --loss"),
+        ({}, ("--loss", "test_open_clip_train:total"), "returned: {'total': tensor("),
+        (
+            {},
+            ("--loss", "test_open_clip_train:two_terms"),
+            "{'contrastive_loss': (tensor",
+        ),
         ({}, ("--loss", "test_open_clip_train:Model"), "has parameters"),
-        ({}, (*DENSE, *HALVES[2:]), "has incorrect arguments"),
         ({}, (*DENSE, *RING), "--dist-impl need CLIP's or SigLIP's loss"),
     ],
 )
@@ -405,32 +393,16 @@ def test_unsupported_runs_stop_with_one_line(settings, given, message, monkeypat
         ),
         ("--loss", "no.such:loss", "--loss: must be MODULE:NAME, not no.such:loss: No module"),
         ("--loss-arguments", "{1", "--loss-arguments: invalid"),
-        ("--loss", "math:pi", "--loss: must be MODULE:NAME, not math:pi: the first argument must"),
         ("--lambda-inmodal", "-1", "lambda_inmodal must be finite and >= 0"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
-        ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
-        ("--lambda-progress", "--lambda-warmup 2 --penalties paper", "excludes --lambda-warmup"),
-        ("--centered", "--penalties none", "--penalties none excludes --centered"),
-        ("--reference-batch-size", "128", "--reference-batch-size needs --penalties, --lambda-in"),
+        ("--lambda-warmup", "half", "--lambda-warmup: invalid"),
+        ("--reference-batch-size", "128", "['reference_batch_size'] need --penalties, --lambda-in"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         open_clip_train.main([flag, *wrong.split()])
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_triton_is_refused_where_the_kernels_do_not_run(is_broken, monkeypatch):
-    """It is asked for on the device that OpenCLIP gives this rank."""
-    monkeypatch.setattr("cyclip_loss.engines.triton.INTERPRETED", False)
-    trainer, message = Trainer(ClipLoss()), "the kernels do not support meta"
-    trainer.device = torch.device("meta")
-    if is_broken:
-        message = "the kernels cannot be imported"
-        monkeypatch.setattr(engines, "_import_problem", lambda: message)
-    with pytest.raises(SystemExit, match=f"^cyclip_loss: --impl triton: .*{message}"):
-        launch(trainer, monkeypatch, "--impl", "triton")
 
 
 @pytest.mark.parametrize(("theirs", "version"), [(ClipLoss, "3"), (Other, "4")])
@@ -447,37 +419,13 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     theirs, version, schedule, warmup, length, epoch, monkeypatch
 ):
     """The warm-up is a number of steps or a fraction of all ten steps. Some runs are resumed."""
-    argv = (*PAPER, "--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
+    argv = (*PAPER, "--lambda-warmup", warmup, "--lambda-crossmodal", "1")
     trainer = Trainer(theirs(), version, epoch=epoch, schedule=schedule)
     launch(trainer, monkeypatch, *argv)
     steps = [step for step in range(5 * epoch, 10) for _ in range(3)]
     shares = [min(1.0, (step + 1) / length) for step in steps]
     assert trainer.lambdas == [(0.25 * share, share) for share in shares]
-    assert trainer.loss.impl == "eager"
     assert trainer.rates[0] == pytest.approx(0.1 if epoch else 0.05)  # OpenCLIP's own warm-up
-
-
-@pytest.mark.parametrize(
-    ("theirs", "world_size", "given", "warns"),
-    [
-        (ClipLoss(), 3, (), False),
-        (ClipLoss(), 3, RECOMMENDED, False),
-        (ClipLoss(), 2, PAPER, False),
-        (ClipLoss(), 3, PAPER, True),
-        (CoCaLoss(2.0, 1.0), 3, PAPER, True),
-        (ClipLoss(), 3, STRONG, False),
-        (SigLipLoss(), 3, ("--siglip", *ONE), False),
-    ],
-)
-def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
-    theirs, world_size, given, warns, monkeypatch, caplog
-):
-    """All ranks and accumulated batches count: they are in one call."""
-    sizes = {"batch_size": 128, "accum_freq": 4, "world_size": world_size}
-    launch(Trainer(theirs, epoch=2, **sizes), monkeypatch, *given)
-    found = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
-    assert len(found) == warns
-    assert all("1,536 pairs" in x for x in found)
 
 
 @pytest.mark.parametrize(("version", "pad_id"), [("3", None), ("4", 1)])
@@ -502,9 +450,3 @@ def test_the_command_fails_if_the_trainer_fails(monkeypatch):
     trainer.main = lambda argv: -1
     with pytest.raises(SystemExit, match=r"^1$"):
         launch(trainer, monkeypatch)
-
-
-def test_without_open_clips_trainer_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "open_clip_train.main", None)
-    with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):
-        open_clip_train.main([])

@@ -2,7 +2,9 @@
 
 import math
 import random
+import re
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -14,17 +16,20 @@ pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
 
 import recipe_cases
-from pages import run
+from pages import blocks, run
+from processes import ROOT
 from recipe_cases import batch, captions, tiny_clip, tokenizer
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from cyclip_loss import CyCLIPLoss, caption_ids
+from cyclip_loss import ClipLoss, CyCLIPLoss, SigLipLoss, caption_ids
 from cyclip_loss.options import PRESETS
 
 DUPLICATES = "Duplicates in a batch"
+YOUR_OWN_LOSS = "CoCa, distillation, your own loss"
+HUGGING_FACE = "Hugging Face Trainer"
 INDICES = torch.arange(32)
 ADVISED = PRESETS["recommended"]
 
@@ -37,7 +42,6 @@ def prepared():
         "model": model,
         "loader": DataLoader(ConcatDataset([data] * 10), 32),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
-        "CyCLIPLoss": CyCLIPLoss,
         "loss_fn": CyCLIPLoss(**ADVISED),
     }
 
@@ -57,8 +61,7 @@ def last_loss_and_scale():
 
 # The recipes that train and clamp the logit scale: heading, block, and the package that it needs.
 TRAINING = [
-    ("OpenCLIP's models, your own loop", 0, "open_clip"),
-    ("Accelerate", 0, "accelerate"),
+    ("Your own loop", 0, "open_clip"),
     ("Lightning", 0, "lightning"),
     (recipe_cases.LARGE_BATCH, 0, "open_clip"),
     (recipe_cases.LARGE_BATCH, 1, "lightning"),
@@ -66,8 +69,7 @@ TRAINING = [
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
-def test_a_recipe_trains_and_clamps_the_logit_scale(heading, block, package, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # it would move the model to a GPU
+def test_a_recipe_trains_and_clamps_the_logit_scale(heading, block, package):
     names, module = prepared(), pytest.importorskip(package)
     if package == "lightning":
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -85,26 +87,30 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading, block, package, mon
     torch.testing.assert_close(found, last_loss_and_scale())
 
 
+def test_accelerate_needs_the_changes_that_the_page_says(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # it would move the model to a GPU
+    accelerator = pytest.importorskip("accelerate").Accelerator()
+    names, (code, _) = prepared(), blocks("Your own loop")
+    changes = {
+        "loss.backward()": "accelerator.backward(loss)",
+        "model.logit_scale": "accelerator.unwrap_model(model).logit_scale",
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    parts = ("model", "optimizer", "loader")
+    names |= zip(parts, accelerator.prepare(*(names[part] for part in parts)), strict=True)
+    exec(code, names | {"accelerator": accelerator}, found := {})
+    scale = accelerator.unwrap_model(names["model"]).logit_scale.data
+    torch.testing.assert_close((found["loss"].detach(), scale), last_loss_and_scale())
+
+
 def far_apart(concepts):
     """Images and texts of concepts, so far apart that images are the nearest of an image."""
     shift = 4 * torch.eye(concepts.shape[1])[0]
     images, texts = (normalize(x, dim=-1) for x in (concepts + shift, concepts - shift))
     assert ((images @ torch.cat((images, texts)).T).topk(10).indices < len(images)).all()
     return images, texts
-
-
-def test_an_index_without_the_means_finds_images_and_texts(tmp_path, monkeypatch):
-    class Towers(torch.nn.Module):
-        def forward(self, *pair):
-            return dict(zip(FEATURES, pair, strict=True))
-
-    monkeypatch.chdir(tmp_path)
-    pairs = far_apart(normalize(torch.randn(640, 16), dim=-1))
-    loader, new_pairs = [[x[part] for x in pairs] for part in (slice(512), slice(512, 640))]
-    names = {"model": Towers(), "loader": [loader], "new_pairs": new_pairs}
-    found = run("One index for images and texts", 1, **names)
-    assert torch.equal(found["nearest"][:, 0], (torch.arange(256) + 128) % 256)
-    assert torch.equal(torch.load("means.pt")["text"], loader[1].mean(dim=0))
 
 
 def test_two_lists_and_standardised_scores_find_images_and_texts():
@@ -152,26 +158,37 @@ def packed_batch():
     }
 
 
-def test_batches_of_hugging_faces_processors_are_split():
-    """A dict by keyword, and packed images of different sizes: the gradients of the whole batch."""
-    transformers = pytest.importorskip("transformers")
-    images, tokens = batch()
-    clip = {"pixel_values": images, "input_ids": tokens, "attention_mask": tokens.ne(0).long()}
-    packed = packed_batch()
-    clip_model, packed_model = recipe_cases.tiny_hugging_face(), PackedImages()
-    names = {"model": clip_model, "loss_fn": CyCLIPLoss(), "texts": None, "images": None}
-    processor = MagicMock(return_value=transformers.BatchEncoding(clip))
-    run(recipe_cases.LARGE_BATCH, 4, **names, processor=processor)
-    run(recipe_cases.LARGE_BATCH, 5, **{**names, "model": packed_model, "batch": packed})
-    for model, inputs in ((clip_model, clip), (packed_model, packed)):
-        found = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        out = model(**inputs)
-        if model is clip_model:
-            out = out.image_embeds, out.text_embeds, model.logit_scale.exp()
-        CyCLIPLoss()(*out).backward()
-        expected = [p.grad for p in model.parameters()]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def test_packed_images_of_different_sizes_are_split():
+    """The gradients of the whole batch. A dict is passed by keyword."""
+    packed, model, loss_fn = packed_batch(), PackedImages(), CyCLIPLoss()
+    run(recipe_cases.LARGE_BATCH, 4, model=model, batch=packed, loss_fn=loss_fn)
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss_fn(*model(**packed)).backward()
+    expected = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", ["immutable", "list"])
+def test_the_pages_test_of_a_model_shows_whether_it_keeps_the_contract(state):
+    """The state hides behind a norm."""
+
+    class Scaled(PackedImages):
+        def __init__(self):
+            super().__init__()
+            self.scales = [1.0]
+            self.scale = 1.0
+
+        def forward(self, images, tokens):
+            images = self.patch(images) * (self.scale if state == "immutable" else self.scales[-1])
+            self.scale = 2.0
+            self.scales.append(2.0)
+            return normalize(images), normalize(self.words(tokens).mean(1)), self.logit_scale.exp()
+
+    names = {"model": Scaled(), "loss_fn": CyCLIPLoss(), "images": torch.randn(8, 6)}
+    error = nullcontext() if state == "immutable" else pytest.raises(AssertionError)
+    with error:
+        run("A test of your model", tokens=torch.randint(9, (8, 3)), **names)
 
 
 def test_siglips_recipe_has_open_clips_term_and_cocas_the_penalties():
@@ -180,32 +197,27 @@ def test_siglips_recipe_has_open_clips_term_and_cocas_the_penalties():
     clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     names = {"siglip_model": clip, "coca_model": coca, "images": images, "tokens": tokens}
     assert tuple(run("SigLIP", **names)["siglip_terms"]) == TERMS[:1]
-    terms = run("CoCa, distillation, your own loss", **names)["coca_terms"]
+    terms = run(YOUR_OWN_LOSS, **names)["coca_terms"]
     assert list(terms) == [TERMS[0], "caption_loss", *TERMS[1:]]
 
 
 HEADING = "Several positives: classes, persons, captions"
-POSITIVES = CyCLIPLoss(**ADVISED, same_ids="positives")
+POSITIVES = ClipLoss(same_ids="positives")
 
 
-@pytest.mark.parametrize("block", [0, 1, 2], ids=["class names", "person ids", "captions"])
-def test_rows_of_a_class_a_person_or_an_image_are_positives(block):
-    model, (images, tokens), loss_fn = tiny_clip(), batch(), POSITIVES
+@pytest.mark.parametrize("block", [0, 1], ids=["class names", "captions"])
+def test_rows_of_a_class_or_an_image_are_positives(block):
+    model, (images, tokens) = tiny_clip(), batch()
     tokens[31] = tokens[30]
     if block == 0:  # images of a class, whatever their captions; else images with equal captions
         ids = torch.where(INDICES < 24, INDICES % 8, INDICES.clamp(max=30))
         loader = (images, tokens, torch.where(INDICES < 24, INDICES % 8, -1))
-    elif block == 1:  # TBPS-CLIP takes means, where the paper takes N times means
-        ids, loader = INDICES // 4, ()  # the block is one step
-        loss_fn = CyCLIPLoss(0.1 / 4 / 32, 0.1 / 4 / 32, same_ids="positives")
     else:
         ids = INDICES // 2
         loader = (images[:16], tokens.unflatten(0, (16, 2)), 5 * INDICES[:16])
         images = images[ids]
-    names = {"model": model, "loader": [loader], "CyCLIPLoss": CyCLIPLoss, "loss_fn": POSITIVES}
-    names |= {"images": images, "tokens": tokens, "person_ids": ids}
-    found = run(HEADING, block, **names)["loss"]
-    torch.testing.assert_close(found, loss_fn(**model(images, tokens), ids=ids))
+    found = run(HEADING, block, model=model, loader=[loader], loss_fn=POSITIVES)["loss"]
+    torch.testing.assert_close(found, POSITIVES(**model(images, tokens), ids=ids))
 
 
 def test_hard_negatives_give_the_loss_of_negclip():
@@ -243,7 +255,7 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term():
 def test_lambdas_warm_up_over_the_given_steps():
     options = {"loader": [batch()] * 3, "epochs": 2, "model": tiny_clip(), "loss_fn": CyCLIPLoss()}
     for warmup_steps, share in ((8, 6 / 8), (4, 1)):
-        loss_fn = run("Weights that warm up", warmup_steps=warmup_steps, **options)["loss_fn"]
+        loss_fn = run(YOUR_OWN_LOSS, 1, warmup_steps=warmup_steps, **options)["loss_fn"]
         assert (loss_fn.lambda_inmodal, loss_fn.lambda_crossmodal) == (0.25 * share, 0.25 * share)
 
 
@@ -273,51 +285,40 @@ def trained(heading, block, folder, **names):
     return names, set().union(*names["trainer"].state.log_history)
 
 
-FINE_TUNING = "Fine-tuning with Hugging Face"
-
-
-@pytest.mark.parametrize(
-    ("heading", "block", "family", "logged"),
-    [
-        ("Hugging Face Trainer", 0, "CLIP", {"eval_loss", *TERMS}),
-        (recipe_cases.LARGE_BATCH, 2, "CLIP", set()),
-        ("SigLIP", 1, "Siglip", {"eval_loss"}),
-        (FINE_TUNING, 0, "CLIP", {"eval_loss"}),
-    ],
-)
-def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
-    heading, block, family, logged, tmp_path, monkeypatch
-):
-    """The losses of SigLIP and of fine-tuning are transformers' own."""
+@pytest.mark.parametrize("family", ["CLIP", "Siglip", "cached CLIP"])
+def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(family, tmp_path, monkeypatch):
+    """The losses are transformers' own, but for the penalties with `cached_backward`."""
     pytest.importorskip("transformers")
-    model, right = (recipe_cases.tiny_hugging_face(family) for _ in range(2))
-    if family == "Siglip":
+    cached, name = family.startswith("cached"), family.split()[-1]
+    model, right = (recipe_cases.tiny_hugging_face(name) for _ in range(2))
+    if name == "Siglip":
         for siglip in (model, right):
             siglip.logit_scale.data.fill_(2.0)
             siglip.logit_bias.data.fill_(-3.0)
     images, tokens = batch()
-    of_transformers = heading in ("SigLIP", FINE_TUNING)
-    out = right(pixel_values=images, input_ids=tokens, return_loss=of_transformers)
-    if heading == FINE_TUNING:  # the N x N logits are not computed
+    out = right(pixel_values=images, input_ids=tokens, return_loss=not cached)
+    loss_fn = {"CLIP": ClipLoss(), "Siglip": SigLipLoss(), "cached CLIP": CyCLIPLoss()}[family]
+    place = (recipe_cases.LARGE_BATCH, 2) if cached else (HUGGING_FACE, 0)
+    if not cached:  # the N x N logits are not computed
         monkeypatch.setattr(type(model), "forward", None)
-    names = {"model": model, "clip": model, "loss_fn": CyCLIPLoss()}
-    names, keys = trained(heading, block, tmp_path, **names)
+    names = {"model": model, "clip": model, "loss_fn": loss_fn}
+    names, keys = trained(*place, tmp_path, **names)
     loss = out.loss
-    if not of_transformers:
-        loss = names["loss_fn"](out.image_embeds, out.text_embeds, right.logit_scale.exp())
+    if cached:
+        loss = loss_fn(out.image_embeds, out.text_embeds, right.logit_scale.exp())
     loss.backward()
     grads = parameters_to_vector([p.grad for p in right.parameters()])
     before, after = (parameters_to_vector(x.parameters()).detach() for x in (right, model))
     atol = 1e-5 * float(grads.abs().max())
     torch.testing.assert_close(before - after, grads, rtol=0, atol=atol)
-    assert logged <= keys
-    if heading == FINE_TUNING:
-        assert (tmp_path / "config.json").exists()
-    if heading == recipe_cases.LARGE_BATCH:
+    if cached:
         # Two steps would add up to twice the gradient of their mean.
         names["trainer"].args.gradient_accumulation_steps = 2
         with pytest.raises(ValueError, match="gradient_accumulation_steps"):
             names["trainer"].training_step(model, {})
+    else:
+        assert "eval_loss" in keys
+        assert (tmp_path / "config.json").exists()
 
 
 def test_fine_tuning_with_lora_trains_its_weights_alone(tmp_path, monkeypatch):
@@ -330,8 +331,8 @@ def test_fine_tuning_with_lora_trains_its_weights_alone(tmp_path, monkeypatch):
             clip, name, lambda found=found, **x: getattr(y := found(**x), "pooler_output", y)
         )
     before = {name: p.detach().clone() for name, p in clip.named_parameters()}
-    clip = run(FINE_TUNING, 1, clip=clip)["clip"]
-    trained(FINE_TUNING, 0, tmp_path, clip=clip)
+    clip = run(HUGGING_FACE, 1, clip=clip)["clip"]
+    trained(HUGGING_FACE, 0, tmp_path, clip=clip, loss_fn=ClipLoss())
     after = {name.replace(".base_layer", ""): p for name, p in clip.named_parameters()}
     assert any(p.any() for name, p in after.items() if "lora_B" in name)
     for name, start in before.items():
@@ -343,11 +344,11 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeyp
     library = SimpleNamespace(SentenceTransformerTrainer=MagicMock())
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
     names = dict.fromkeys(("model", "training_arguments", "dataset"))
+    names["loss_fn"] = loss_fn = CyCLIPLoss(**ADVISED)
     loss = run("sentence-transformers", **names)["SentenceCyCLIPLoss"](
         lambda column: {"sentence_embedding": 3 * column}
     )
     columns = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
-    loss_fn = CyCLIPLoss(**ADVISED)
     hard, ids = {"negative_text_features": columns[2:].flatten(0, 1)}, torch.arange(6) % 5
     for arguments, options in (
         ((columns[:2],), {}),
@@ -412,14 +413,26 @@ def test_duplicates_are_not_negatives_of_each_other():
     expected = CyCLIPLoss()(**out, ids=ids)
     assert expected < CyCLIPLoss()(**out)
     keys = [f"product {number}" for number in ids.tolist()]
-    # Hugging Face's padding is not a part of a caption.
-    mask = (INDICES[:12] <= tokens.argmax(dim=1)[:, None]).long()
     names = {
         "model": model, "loss_fn": CyCLIPLoss(), "images": images, "tokens": tokens,
-        "torch": torch, "keys": keys, "all_keys": keys, "caption_ids": caption_ids,
-        "inputs": {"input_ids": tokens + INDICES[:, None] * (1 - mask), "attention_mask": mask},
-        "outputs": SimpleNamespace(image_embeds=out[FEATURES[0]], text_embeds=out[FEATURES[1]]),
-        "log_scale": model.logit_scale,
+        "torch": torch, "keys": keys, "all_keys": keys,
     }  # fmt: skip
-    for block in range(3):
+    for block in range(2):
         torch.testing.assert_close(run(DUPLICATES, block, **names)["loss"], expected)
+
+
+def test_hugging_faces_padding_is_not_a_part_of_a_caption():
+    """The argument that the page says, in the recipe's `forward`."""
+    pytest.importorskip("transformers")
+    (argument,) = re.findall(r"pass `(ids=.*)`: there", (ROOT / "docs/data.md").read_text())
+    code = blocks(HUGGING_FACE)[0].partition("\n\nmodel = ")[0]
+    code = code.replace("scale, bias)", f"scale, bias, {argument})")
+    exec(code, names := {"caption_ids": caption_ids})
+    images, tokens, ids = duplicates()
+    mask = (INDICES[:12] <= tokens.argmax(dim=1)[:, None]).long()
+    padded = tokens + INDICES[:, None] * (1 - mask)
+    clip = recipe_cases.tiny_hugging_face()
+    out = names["Towers"](clip, ClipLoss())(images, padded, mask)
+    features = out["image_embeds"], out["text_embeds"], clip.logit_scale.exp()
+    torch.testing.assert_close(out["loss"], ClipLoss()(*features, ids=ids))
+    assert out["loss"] < ClipLoss()(*features)

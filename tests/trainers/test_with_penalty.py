@@ -105,19 +105,15 @@ def test_a_loss_of_one_element_and_fewer_bits_does_not_round_the_penalties(featu
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
-        (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
-        (lambda loss: (loss, True), "bool"),
-        (lambda loss: (loss, None), "NoneType)"),
-        (lambda loss: {}, "dict)"),
-        (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
-        (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
+        (lambda loss: {"total": loss}, "{'total': tensor("),
+        (lambda loss: {"a_loss": loss.expand(6)}, "{'a_loss': tensor(["),
+        (lambda loss: loss.expand(6), "tensor(["),
+        (lambda loss: (loss, None), "None)"),
     ],
 )
 def test_a_result_that_cannot_be_summed_is_refused(returned, message, features):
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
-    message = f"what AudioLoss returned ({message}"
-    with pytest.raises(TypeError, match=re.escape(message)):
+    with pytest.raises(TypeError, match=f"what AudioLoss returned: .*{re.escape(message)}"):
         wrapped(*features)
 
 
@@ -127,27 +123,16 @@ def test_clip_loss_with_the_penalties_is_cyclip_loss(output_dict, features):
     expected = CyCLIPLoss()(*features, 10.0, output_dict=output_dict)
     found = wrapped(*features, 10.0, output_dict=output_dict)
     torch.testing.assert_close(found, expected)
-    wrapped.loss.lambda_inmodal = 1.0
-    with pytest.raises(TypeError, match="has the cyclic penalties already"):
-        wrapped(*features, 10.0)
 
 
 @pytest.mark.parametrize(
     ("loss", "names", "message"),
     [
         (CyCLIPLoss(), FEATURES, r"CyCLIPLoss\(.*\) has the cyclic penalties already"),
-        (torch.compile(SigLipLoss(), backend="eager"), FEATURES, "compile the wrapper"),
         (nn.CrossEntropyLoss(), FEATURES, r"takes \['input', 'target'\], not .*image_features"),
-        (SigLipLoss, FEATURES, "loss must be a module"),
-        (SigLipLoss(), FEATURES[:1], "pass features=, two of these names"),
-        (SigLipLoss(), FEATURES[:1] * 2, "pass features=, two of these names"),
+        (SigLipLoss(), ("image_embeds", "text_embeds"), "pass features=, two of these names"),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused(loss, names, message):
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss, features=names)
-    wrapped = WithCyclicPenalty(ClipLoss())
-    wrapped.loss = loss if isinstance(loss, nn.Module) else None
-    wrapped.features = names
-    with pytest.raises(TypeError, match=message):
-        wrapped(torch.ones(2, 2), torch.ones(2, 2), 10.0)

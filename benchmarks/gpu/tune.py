@@ -1,4 +1,4 @@
-"""`python -m cyclip_loss.tune`: the fastest tile sizes on this GPU, remembered for later runs.
+"""`python -m benchmarks tune`: the fastest tile sizes on this GPU, remembered for later runs.
 
 Candidates for each kernel with a matrix product are compiled, compared with PyTorch and timed, one
 after another. One that fails or is wrong is named and left out.
@@ -27,7 +27,6 @@ from cyclip_loss.kernels import configs
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import architecture
 
-DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # a smaller gain is noise: keep the shipped tile
 # Bytes of a tile's depth, and stages. What does not fit into shared memory is left out.
 DEPTHS = [(128, 4), (128, 3), (64, 4), (64, 2)]
@@ -95,7 +94,7 @@ def trial(kernel: str, image: Tensor, arguments: list[Any], config: Any) -> floa
     configs.tuned(image.device)[key] = config
     try:
         for call in arguments:
-            verified("triton", image).verify(kernel, call)
+            verified(image).verify(kernel, call)
         launch = partial(getattr(kernels, kernel), *arguments[0])
         ms = 0.0 if kernels.INTERPRETED else do_bench(launch, return_mode="median")
         outcome = f"{ms:.3f} ms"
@@ -141,39 +140,21 @@ def remember(file: Path, device: torch.device, choices: dict[str, Any]) -> None:
     unfinished.replace(file)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Tune, keep what wins, print the table.
-
-    SystemExit without a GPU that has kernels, or if the file of tiles can't be changed.
-    """
-    parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
-    parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
-    parser.add_argument("--d", type=int, default=768, help="features (default: 768)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--seconds", type=int, default=300, help="in total (default: 300)")
-    options = parser.parse_args(arguments)
+def main(options: argparse.Namespace) -> int:
+    """Tune, keep what wins, print the table. 2 without a GPU that has kernels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not (kernels.INTERPRETED or architecture(device)):
-        parser.error(
-            "no GPU on which the kernels run. To try the command without a GPU, and keep nothing: "
-            "TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
-        )
+        print("no GPU on which the kernels run: --dry-run tries the command without one")
+        return 2
     file = None if kernels.INTERPRETED else configs.tiles_file()
     if file:
-        try:
-            remember(file, device, {})  # if that fails, say so before minutes of work
-        except Exception as error:
-            parser.error(f"{file} can't be changed: {error!r}")
+        remember(file, device, {})  # if that fails, it fails before minutes of work
+    n, d = (96, 128) if options.dry_run else (options.n, options.d)
     dtypes = [getattr(torch, name) for name in options.dtype]
     lines = [f"\n{'kernel':42} shipped ms  best ms  tile"]
-    for key, shipped_ms, best_ms, tile in tune(
-        device, dtypes, options.n, options.d, options.seconds
-    ):
+    for key, shipped_ms, best_ms, tile in tune(device, dtypes, n, d, options.seconds):
         lines.append(f"{key:42} {shipped_ms:10.3f} {best_ms:8.3f}  {tile}")
         if file:
             remember(file, device, {key: asdict(tile)})
     print(*lines, f"kept in {file or 'no file'}", sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+    return 0
