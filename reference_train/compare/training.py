@@ -113,7 +113,7 @@ def measure(model: Model, data: Data, part: str, one_index: bool = True) -> dict
     y = encode(model.encode_text, data.texts, texts)
     found = retrieval(x, y, is_right)
     if one_index:
-        found |= one_index_numbers(x, y, is_right, None)
+        found |= one_index_numbers(x, y, is_right)
         if data.labels is not None and data.classes is not None:
             labels = torch.from_numpy(data.labels[images])
             classes = encode(model.encode_text, data.classes, np.arange(len(data.classes)))

@@ -14,8 +14,8 @@ from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
 from ..evaluate.checkpoints import default_precision
-from ..evaluate.demonstration import DATASETS, open_dataset, training_pairs
-from ..evaluate.metrics import feature_means, measure
+from ..evaluate.demonstration import DATASETS, open_dataset
+from ..evaluate.metrics import measure
 from ..files import locked, write_text
 from ..losses import PENALTY_WEIGHT, WITH_CLIPS_TERM
 from ..runs import PARAMETERS, code_version
@@ -129,7 +129,6 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         compute = partial(compute_loss, config, clip, batches, loss_fn)
         seconds = train(config, clip.model, compute, out / name)
         result["checkpoints"][name] = {**vars(config), "seconds": seconds}
-        clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {
             dataset: measure(clip, data) for dataset, data in datasets.items()
         }

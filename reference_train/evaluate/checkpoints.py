@@ -166,8 +166,6 @@ class Clip:
     batch_size: int = 256
     workers: int = 0
     progress: str = ""  # what is shown as progress; "": nothing
-    # Of image and of text features of training pairs, (D,) each; None if there are no such pairs.
-    means: tuple[Tensor, Tensor] | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The autocast context in which the model runs."""

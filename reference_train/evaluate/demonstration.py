@@ -56,12 +56,6 @@ def open_dataset(emoji: EmojiSet, name: str) -> Dataset:
     )
 
 
-def training_pairs(emoji: EmojiSet) -> tuple[Images, list[str]]:
-    """The drawings that the demonstration trains on, and their names."""
-    images, image_concepts, _ = emoji.drawings(TRAIN_STYLES, emoji.in_split("train"))
-    return Images(images), [emoji.concepts[i].name for i in image_concepts.tolist()]
-
-
 def is_for_tuning(concept: Concept) -> bool:
     """Whether a training concept is in the quarter on which hyperparameters were tuned."""
     return hashlib.sha256(f"query {concept.code}".encode()).digest()[0] < 64

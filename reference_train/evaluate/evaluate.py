@@ -7,25 +7,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
-
 from ..command_line import Parser, RunFailed, UsageError, add_device, at_least, say
 from ..data.emoji import read_emoji
 from ..files import locked
-from . import demonstration, records, report
+from . import records, report
 from .checkpoints import (
-    DEMONSTRATION,
     RELEASED_MODEL,
     Checkpoint,
     default_precision,
     find_checkpoints,
     load,
 )
-from .datasets import Dataset, Images, TarImages, Unusable, find, open_emoji, open_folders
+from .datasets import Dataset, find, open_emoji, open_folders
 from .demonstration import DATASETS, open_dataset
-from .metrics import feature_means, measure
+from .metrics import measure
 
-SHARDS = 8  # whose pairs the means of features are of; shards may be sorted
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
 beside them. Nothing is downloaded except the weights of --pretrained or --model hf-hub:... If the
@@ -146,7 +142,6 @@ def evaluate(
         # Of the run; None if they are not known.
         **{name: checkpoint.parameters.get(name) for name in ("seed", "commit")},
     }
-    clip.means = feature_means(clip, *training_pairs(checkpoint))
     for name, data in datasets.items():
         clip.progress = f"{title}: {name}"
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
@@ -157,22 +152,6 @@ def evaluate(
             continue
         result["results"].setdefault(title, {})[name] = measured
         records.save(result, arguments.out)
-
-
-def training_pairs(checkpoint: Checkpoint) -> tuple[Images, list[str]]:
-    """Pairs that a run was trained on: those of up to `SHARDS` shards, first to last.
-
-    Without pairs, if one of these shards is not there.
-    """
-    if Path(checkpoint.weights or "").name == DEMONSTRATION:
-        return demonstration.training_pairs(read_emoji())
-    shards = expand_urls(checkpoint.parameters.get("train_data") or "")
-    step = max(1, -(-len(shards) // SHARDS))
-    try:
-        images = TarImages([Path(shard) for shard in shards[::step]])
-        return images, images.texts("txt") or []
-    except Unusable:
-        return Images([]), []
 
 
 def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:

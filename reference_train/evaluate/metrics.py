@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from cyclip_loss.metrics import consistency_metrics
 
 from .checkpoints import Clip
-from .datasets import Dataset, Images
-from .one_index import STRIP, Matches, Means, one_index_numbers
+from .datasets import Dataset
+from .one_index import STRIP, Matches, one_index_numbers
 
 TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
 SUPERCLASS_TOP = {"": 1, "_top2": 2, "_top3": 3}  # the end of a metric's name -> k
@@ -33,7 +33,6 @@ GALLERY = 50_000  # training images that may be neighbours, as in the paper for 
 # Gaps, correlations, alignment and uniformity are computed on at most this many pairs, because the
 # cost is quadratic.
 PAIRS = 10_000
-MEANS_OF = 4096  # training pairs
 
 Numbers = dict[str, float]
 
@@ -51,7 +50,6 @@ class Encoded:
     class_features: dict[str, Tensor]  # (C, D) by task
     text_features: Tensor  # (m, D), of distinct captions, or of class names
     is_right: Matches  # (n, m), whether a text belongs to an image
-    means: Means  # of training pairs
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
 
 
@@ -75,16 +73,6 @@ def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, 
     else:
         overall = numbers(encoded, torch.arange(len(data.images))) | probe
     return {"numbers": overall, "groups": groups}
-
-
-def feature_means(clip: Clip, images: Images, captions: list[str]) -> tuple[Tensor, Tensor] | None:
-    """The means of the image and the text features of up to 4,096 pairs; None without pairs."""
-    if not captions:
-        return None
-    indices = sample_indices(len(captions), MEANS_OF)
-    image_features = F.normalize(clip.encode_images(images, indices), dim=-1)
-    text_features = clip.encode_texts([captions[i] for i in indices.tolist()])
-    return image_features.mean(dim=0), text_features.mean(dim=0)
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
@@ -112,7 +100,6 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         class_features=class_features,
         text_features=text_features,
         is_right=csr_array((np.ones(len(images), bool), pairs), (len(raw), len(text_features))),
-        means=clip.means,
     )
 
 
@@ -157,9 +144,7 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     is_right = encoded.is_right[sampled.numpy()]
     texts = encoded.text_features[own_texts(is_right)]
     geometry = consistency_metrics(encoded.image_features[sampled], texts)
-    found |= one_index_numbers(
-        encoded.image_features[sampled], encoded.text_features, is_right, encoded.means
-    )
+    found |= one_index_numbers(encoded.image_features[sampled], encoded.text_features, is_right)
     # One pair has no uniformity, and two pairs have no correlations.
     return found | {name: float(x) for name, x in geometry.items() if x.isfinite()}
 

@@ -24,7 +24,7 @@ from .records import Result, read_evaluation
 # Endings of the numbers that the terminal shows.
 SHORT_ENDINGS = (
     *("top1", "_r1", "consistency_1", "linear_probe", "_gap", "_correlation"),
-    *("mixed_r10", "mixed_r10_without_means"),
+    "mixed_r10",
 )
 # Endings of the numbers that are not shown in %.
 PLAIN_ENDINGS = ("alignment", "uniformity", "_correlation", "modality_gap")

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.evaluate import evaluate as command
 from reference_train.evaluate import metrics, records
-from reference_train.evaluate.checkpoints import Checkpoint
 from reference_train.evaluate.datasets import Classes, Dataset, Images
 from reference_train.evaluate.records import read_evaluation
 
@@ -143,32 +142,6 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(run_
         assert re.search(rf"\| {row}_r1 \|.*\| 8\.33 \| {queries} \|", table)  # chance, n
     tops = [numbers["top1"] for numbers in found["emoji"]["groups"].values()]
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(sum(tops) / 3)
-
-
-def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_path):
-    """Here the data set has the same pairs, in two shards."""
-    run, shard = shutil.copytree(run_folder, tmp_path / "tiny"), tmp_path / "train-0.tar"
-    with (run / "params.txt").open("a") as file:
-        file.write(f"train_data: {tmp_path}/train-{{0..1}}.tar\n")
-    pairs = [{"png": picture(i), "txt": b"%d" % i} for i in range(12)]
-    write_samples(shard, pairs[:2])
-    write_samples(tmp_path / "train-1.tar", pairs[2:])
-    write_set(tmp_path / "wds_x", {"test": pairs})
-    options = f"{run} --data {tmp_path}/wds_x --only x"
-    numbers = evaluate(tmp_path / "first", options)["results"]["tiny"]["x"]["numbers"]
-    as_trained = {x: numbers[x] for x in numbers if x.startswith("mixed") and "without" not in x}
-    assert any(numbers[f"{x}_without_means"] != as_trained[x] for x in as_trained)
-    shard.unlink()
-    numbers = evaluate(tmp_path / "second", options)["results"]["tiny"]["x"]["numbers"]
-    assert as_trained.items() <= numbers.items()
-    assert "mixed_r10_without_means" not in numbers
-
-
-def test_means_are_of_up_to_eight_shards_from_first_to_last(tmp_path):
-    for i in range(16):
-        write_samples(tmp_path / f"{i}.tar", [{"png": b"", "txt": b"%d" % i}])
-    run = Checkpoint("", "", None, parameters={"train_data": f"{tmp_path}/{{0..15}}.tar"})
-    assert command.training_pairs(run)[1] == [str(i) for i in range(0, 16, 2)]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,6 @@ def measure(images, data, texts, **options):
     """`metrics.measure` of a model that gives these features of images and of texts."""
     clip = SimpleNamespace(
         device=CPU,
-        means=None,
         encode_classes=lambda names, _: torch.stack([texts[name] for name in names]),
         encode_texts=lambda captions: torch.stack([texts[text] for text in captions]),
         encode_images=lambda shown, indices: images[indices],
@@ -80,7 +79,7 @@ def test_no_matrix_of_all_images_and_texts_is_made(monkeypatch):
 
 
 def test_samples_have_the_sizes_that_pages_say(monkeypatch):
-    """Of training images as neighbours, of pairs, and of training pairs for the means."""
+    """Of training images as neighbours, and of pairs."""
     limits = []
     monkeypatch.setattr(
         metrics, "sample_indices", lambda count, limit: limits.append(limit) or torch.arange(count)
@@ -89,9 +88,7 @@ def test_samples_have_the_sizes_that_pages_say(monkeypatch):
     classes = {"": Classes(torch.arange(12), [*"abcdefghijkl"], ["{}"])}
     data = Dataset(Images(x), classes, train=(Images(x), {"": torch.arange(12)}))
     measure(x, data, dict(zip("abcdefghijkl", x, strict=True)))
-    clip = SimpleNamespace(encode_images=lambda *_: x, encode_texts=lambda _: x)
-    metrics.feature_means(clip, data.images, ["a"])
-    assert limits == [50_000, 10_000, 4096]
+    assert limits == [50_000, 10_000]
 
 
 def test_a_tie_of_neighbours_drops_the_farthest():

@@ -50,7 +50,6 @@ def test_the_first_steps_on_the_shipped_emoji_have_the_known_loss(shipped, tmp_p
     """It changes with the data, the augmentation, the model, the optimiser and its schedule."""
     monkeypatch.setattr(train, "track", lambda *_: range(5))  # the schedule is that of 620 steps
     monkeypatch.setattr(demo, "DATASETS", ())  # nothing is evaluated
-    monkeypatch.setattr(demo, "feature_means", lambda *_: None)
     monkeypatch.setattr(demo.report, "write", lambda *_: None)
     losses, compute_loss = [], demo.compute_loss
     monkeypatch.setattr(
