@@ -28,7 +28,6 @@ api:
 
 tables:
 	$(PYTHON) .mkdocs/tables.py
-	$(PYTHON) .mkdocs/pictures.py
 
 docs:
 	$(PYTHON) -m mkdocs build --strict -f .mkdocs/mkdocs.yml

@@ -8,7 +8,7 @@ from .command_line import UsageError, run
 COMMANDS = {
     "pretrain": ".pretrain.pretrain",
     "evaluate": ".evaluate.evaluate",
-    "locked": ".locked",
+    "compare": ".compare.compare",
     "report": ".evaluate.report",
 }
 

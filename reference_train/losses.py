@@ -14,23 +14,17 @@ class Loss(NamedTuple):
     title: str
     inmodal: bool = False  # whether it has the in-modal penalty
     crossmodal: bool = False  # whether it has the cross-modal penalty
-    views: bool = False  # whether it has the contrastive term of two views
-    siglip: bool = False  # whether the contrastive term is SigLIP's; such a loss has one view
+    siglip: bool = False  # whether the contrastive term is SigLIP's
 
 
-WITH_ONE_VIEW = {
+WITH_CLIPS_TERM = {
     "clip": Loss("CLIP"),
     "cyclip": Loss("CyCLIP", inmodal=True, crossmodal=True),
     "c-cyclip": Loss("C-CyCLIP", crossmodal=True),
     "i-cyclip": Loss("I-CyCLIP", inmodal=True),
 }
-WITH_VIEWS = {
-    f"{name}-views": loss._replace(title=f"{loss.title} + views", views=True)
-    for name, loss in WITH_ONE_VIEW.items()
-}
 LOSSES = {
-    **WITH_ONE_VIEW,
-    **WITH_VIEWS,
+    **WITH_CLIPS_TERM,
     "siglip": Loss("SigLIP", siglip=True),
     "cysiglip": Loss("CySigLIP", inmodal=True, crossmodal=True, siglip=True),
     "c-cysiglip": Loss("C-CySigLIP", crossmodal=True, siglip=True),

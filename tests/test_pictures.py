@@ -18,13 +18,10 @@ RECORD = "benchmarks/results/two-cpu-cores"
 
 def pictures():
     """The figures by the names of their files."""
-    import pictures
-
     rows = csv.DictReader((ROOT / "benchmarks/results/results.csv").open(encoding="utf-8"))
     costs = [row for row in rows if row["section"] == "cost" and row["ms"] and not row["ranks"]]
     figures = report.figures(costs, "Intel(R) Xeon(R) Processor, threads: 2")
-    found = {f"{RECORD}-{name}.png": figure for name, figure in figures.items()}
-    return found | {"docs/whom.png": pictures.whom()}
+    return {f"{RECORD}-{name}.png": figure for name, figure in figures.items()}
 
 
 def drawn_texts(figure, monkeypatch):
@@ -44,7 +41,6 @@ def drawn_texts(figure, monkeypatch):
 
 def test_pictures_are_readable_on_a_phone(monkeypatch):
     """At a width of 400 pixels letters have at least 12. No text is cut or covers another one."""
-    monkeypatch.syspath_prepend(str(ROOT / ".mkdocs"))
     for file, figure in pictures().items():
         texts = drawn_texts(figure, monkeypatch)
         pixels_per_point = 400 / figure.get_figwidth() / 72

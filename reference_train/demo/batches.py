@@ -34,7 +34,7 @@ def training_captions(concept: Concept) -> list[list[str]]:
 
 
 class EmojiBatches:
-    """Batches of distinct concepts. Each concept is in a random style and has two captions."""
+    """Batches of distinct concepts. Each concept is in a random style and has a random caption."""
 
     def __init__(
         self, emoji: EmojiSet, tokenize: Callable[[list[str]], Tensor], batch_size: int, seed: int
@@ -56,10 +56,9 @@ class EmojiBatches:
         self.batch_size, self.seed = batch_size, seed
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step: images (N, 3, 64, 64) uint8 and tokens (2, N, L).
+        """The batch of a step: images (N, 3, 64, 64) uint8 and tokens (N, L).
 
-        Each concept has two captions, which may be equal. Losses with one view use the first. Each
-        epoch has a new order of the concepts, and drops its last incomplete batch.
+        Each epoch has a new order of the concepts, and drops its last incomplete batch.
         """
         n, (num_concepts, num_styles) = self.batch_size, self.image_indices.shape
         epoch, index = divmod(step, num_concepts // n)
@@ -67,7 +66,7 @@ class EmojiBatches:
         concepts = order[index * n : (index + 1) * n]
         rng = np.random.default_rng([self.seed, epoch, index])
         indices = self.image_indices[concepts, rng.integers(num_styles, size=n)]
-        captions = rng.choice(len(self.shares), (2, n), p=self.shares)
+        captions = rng.choice(len(self.shares), n, p=self.shares)
         return self.images[torch.from_numpy(indices)], self.tokens[concepts, captions]
 
 

@@ -17,17 +17,16 @@ from ..evaluate.checkpoints import default_precision
 from ..evaluate.demonstration import DATASETS, open_dataset, training_pairs
 from ..evaluate.metrics import feature_means, measure
 from ..files import locked, write_text
-from ..losses import LOSSES, PENALTY_WEIGHT, WITH_ONE_VIEW
+from ..losses import PENALTY_WEIGHT, WITH_CLIPS_TERM
 from ..runs import PARAMETERS, code_version
 from .batches import EmojiBatches
 from .model import MODEL, TINY, build_model
-from .train import REFERENCE_BATCH_SIZE, build_loss, model_inputs, train
+from .train import REFERENCE_BATCH_SIZE, build_loss, compute_loss, train
 
 PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
 }
-SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023: at the start of training
 # Settings that an option changes -> the option's word in the names of runs.
 OPTIONS = {
     "steps": "steps",
@@ -43,7 +42,7 @@ EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
   python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
-  python -m reference_train locked     CLIP and CyCLIP on a pretrained image tower
+  python -m reference_train compare    which loss for your pairs, on a pretrained image tower
   python -m reference_train report     makes the table of evaluations again"""
 
 
@@ -52,7 +51,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m reference_train", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add(
-        "--loss", nargs="+", choices=LOSSES, default=["clip", "cyclip"], help="default: clip cyclip"
+        "--loss",
+        nargs="+",
+        choices=WITH_CLIPS_TERM,
+        default=["clip", "cyclip"],
+        help="default: clip cyclip",
     )
     add("--seeds", type=at_least(1), default=1, metavar="N", help="runs of each loss")
     text = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
@@ -68,8 +71,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     arguments.out = arguments.out or Path("runs") / arguments.preset
-    if arguments.lambda_progress and not {*arguments.loss} <= {*WITH_ONE_VIEW}:
-        raise UsageError(f"--lambda-progress: only with --loss {', '.join(WITH_ONE_VIEW)}")
     return arguments
 
 
@@ -118,18 +119,15 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         records.note_environment(result, arguments.device)
         run = {"name": name, "loss": loss, "seed": seed, "commit": code_version()}
         config = argparse.Namespace(**run, **settings)
-        config.penalty_weight *= LOSSES[loss].inmodal or LOSSES[loss].crossmodal
-        logit_bias = None
-        if LOSSES[loss].siglip:
-            config.logit_scale, logit_bias = SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS
+        config.penalty_weight *= WITH_CLIPS_TERM[loss].inmodal or WITH_CLIPS_TERM[loss].crossmodal
         torch.manual_seed(seed)
-        clip = build_model(config.logit_scale, arguments.device, logit_bias)
+        clip = build_model(config.logit_scale, arguments.device)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
         describe_model(config, out / name)
-        loss_fn = build_loss(config, LOSSES[loss])
-        inputs = partial(model_inputs, config, clip, batches)
-        seconds = train(config, clip, loss_fn, inputs, out / name)
+        loss_fn = build_loss(config, WITH_CLIPS_TERM[loss])
+        compute = partial(compute_loss, config, clip, batches, loss_fn)
+        seconds = train(config, clip.model, compute, out / name)
         result["checkpoints"][name] = {**vars(config), "seconds": seconds}
         clip.means = feature_means(clip, *training_pairs(emoji))
         result["results"][name] = {
@@ -142,6 +140,6 @@ def train_missing(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 def describe_model(config: argparse.Namespace, folder: Path) -> None:
     """Writes what OpenCLIP and `evaluate` have to know of the checkpoint beside it."""
     write_text(json.dumps(TINY, indent=1), folder / f"{MODEL}.json")
-    settings = {"model": MODEL, **vars(config), "siglip": LOSSES[config.loss].siglip}
+    settings = {"model": MODEL, **vars(config)}
     lines = (f"{name}: {value}\n" for name, value in settings.items())
     write_text("".join(lines), folder / PARAMETERS)

@@ -35,15 +35,14 @@ def preprocess(image: Any) -> Tensor:
     return normalize(functional.resize(pixels, [IMAGE_SIZE, IMAGE_SIZE], antialias=False))[0]
 
 
-def build_model(logit_scale: float, device: torch.device, logit_bias: float | None = None) -> Clip:
+def build_model(logit_scale: float, device: torch.device) -> Clip:
     """A model with random weights from torch's global generator.
 
-    logit_scale: the initial scale, exponentiated. logit_bias: the initial bias; None: no bias.
+    logit_scale: the initial scale, exponentiated.
     """
     model = open_clip.CLIP(
         **TINY,
         init_logit_scale=math.log(logit_scale),
-        init_logit_bias=logit_bias,
         output_dict=True,
     )
     return Clip(

@@ -13,12 +13,12 @@ from open_clip_train.scheduler import cosine_lr
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from cyclip_loss import CyCLIPLoss, CySigLIPLoss
+from cyclip_loss import CyCLIPLoss
 
 from ..command_line import RunFailed, track
 from ..evaluate.checkpoints import DEMONSTRATION, Clip
 from ..files import atomic_write
-from ..losses import LOSSES, Loss
+from ..losses import Loss
 from .batches import EmojiBatches, augment
 from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
@@ -32,19 +32,20 @@ WARMUP_SHARE = 0.1  # of all steps
 
 def train(
     config: Namespace,
-    clip: Clip,
-    loss_fn: CyCLIPLoss | CySigLIPLoss,
-    inputs: Callable[[int], tuple[Tensor, Tensor]],
+    model: Any,
+    compute: Callable[[int], Tensor],
     folder: Path,
+    stop: int | None = None,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
+    """Trains the model in place, and saves `folder/checkpoint.pt`.
 
-    config: name, loss, steps and lr; the checkpoint keeps all that it has.
-    inputs: step -> the images and the tokens that the model gets.
+    config: name, steps and lr; the checkpoint keeps all that it has. compute: step -> the loss.
+    stop: after how many of the steps training ends; None: after all. after_step: called with the
+    number of steps done, in training mode.
 
     Returns the seconds it took. Raises `RunFailed` if the loss is not finite.
     """
-    model, loss = clip.model, LOSSES[config.loss]
     # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
@@ -53,9 +54,10 @@ def train(
     began = time.monotonic()
 
     model.train()
-    for step in track(range(config.steps), f"{config.name}, steps", config.steps):
+    steps = stop or config.steps
+    for step in track(range(steps), f"{config.name}, steps", steps):
         set_learning_rate(step)
-        total = compute_loss(clip, loss, loss_fn, *inputs(step))
+        total = compute(step)
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
@@ -64,50 +66,30 @@ def train(
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         if not math.isfinite(last_loss := total.item()):
             raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {step + 1}")
+        after_step(step + 1)
     model.eval()
     with atomic_write(folder / DEMONSTRATION) as temporary:
         torch.save({"config": vars(config), "state_dict": model.state_dict()}, temporary)
     return time.monotonic() - began
 
 
-def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
+def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss:
     """The loss function, with the penalties that the loss has."""
-    progress = {} if loss.siglip else {"lambda_progress": config.lambda_progress}
-    loss_class = CySigLIPLoss if loss.siglip else CyCLIPLoss
-    return loss_class(
+    return CyCLIPLoss(
         config.penalty_weight * loss.inmodal,
         config.penalty_weight * loss.crossmodal,
         reference_batch_size=config.reference_batch_size,
-        **progress,
+        lambda_progress=config.lambda_progress,
     )
 
 
-def model_inputs(
-    config: Namespace, clip: Clip, data: EmojiBatches, step: int
-) -> tuple[Tensor, Tensor]:
-    """Pixels (V·N, 3, 32, 32) and tokens (V·N, L), the first views before the second views.
-
-    V is 2 if the loss compares views, else 1. The inputs depend on the seed and the step only.
-    """
+def compute_loss(
+    config: Namespace, clip: Clip, data: EmojiBatches, loss_fn: CyCLIPLoss, step: int
+) -> Tensor:
+    """The loss of the batch of a step. The inputs depend on the seed and the step only."""
     images, tokens = (x.to(clip.device, non_blocking=True) for x in data.batch(step))
     rng = np.random.default_rng([config.seed, step, 2**31])
-    views = 2 if LOSSES[config.loss].views else 1
-    pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
-    return torch.cat(pixels), tokens[:views].flatten(0, 1)
-
-
-def compute_loss(clip: Clip, loss: Loss, loss_fn: Any, pixels: Tensor, tokens: Tensor) -> Tensor:
-    """The loss of a batch."""
     with clip.autocast():
-        output = clip.model(pixels, tokens)
-    # For each view (N, D).
-    image_features, text_features = (
-        output[name].chunk(2 if loss.views else 1) for name in ("image_features", "text_features")
-    )
-    # The scale and, if the model has one, the bias.
-    options = {name: x for name, x in output.items() if name.startswith("logit_")}
-    if loss.views:
-        options["augmented_image_features"] = image_features[1]
-        options["augmented_text_features"] = text_features[1]
-    total: Tensor = loss_fn(image_features[0], text_features[0], **options)
+        output = clip.model(normalize(augment(images, IMAGE_SIZE, rng)), tokens)
+    total: Tensor = loss_fn(**output)
     return total

@@ -69,7 +69,8 @@ class Images:
         """
         if isinstance(self.places, Tensor):
             return zlib.crc32(self.places.numpy().tobytes())
-        written = {path: path.stat().st_mtime_ns for path in {path for path, *_ in self.places}}
+        paths = {path for path, *_ in self.places}
+        written = {path: path.stat().st_mtime_ns if path.exists() else 0 for path in paths}
         return [(path.name, written[path], *place) for path, *place in self.places]
 
 
@@ -112,7 +113,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
     """The datasets in `roots`, by name. Prints which files and folders are skipped.
 
     roots: datasets, or folders of datasets. A path is skipped if it is not a dataset or repeats an
-    earlier name. Hidden files, and the manifest that `data.photos` writes, are not printed.
+    earlier name. Hidden files are not printed.
     """
     found: dict[str, Opener] = {}
     for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
@@ -120,7 +121,7 @@ def find(roots: Sequence[Path]) -> dict[str, Opener]:
             known = recognise(path)
             if known and known[0] not in found:
                 found[known[0]] = known[1]
-            elif not re.match(r"\.|manifest\.json", path.name):
+            elif not path.name.startswith("."):
                 say(f"{path}: skipped: not a dataset, or repeats an earlier name")
     return found
 
@@ -225,7 +226,7 @@ def open_tars(folder: Path, name: str) -> Dataset:
     """A dataset in the layout of https://github.com/LAION-AI/CLIP_benchmark:
 
     test/0.tar, 1.tar, ...   samples of an image and .cls (the number of a class) or .txt
-                             (captions, one on each line); or val-*.tar, as `data.icons` writes
+                             (captions, one on each line); or val-*.tar
     test/nshards.txt         the number of tar files; it may be missing
     train/...                the same as test; it may be missing
     classnames.txt           the name of each class

@@ -38,7 +38,6 @@ datasets of --data DIR (DIR itself, or folders in it); the emoji are always ther
                                  wds_vtab-cifar100, wds_imagenet1k, wds_imagenetv2,
                                  wds_imagenet_sketch, wds_imagenet-a, wds_imagenet-r,
                                  wds_flickr30k, or any other
-  icons                          as python -m reference_train.data.icons makes them
 datasets of --imagefolder NAME=DIR:
   your own                       a folder of images for each class, in DIR or in DIR/test and
                                  DIR/train

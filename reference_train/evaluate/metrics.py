@@ -21,10 +21,9 @@ from torch.nn import functional as F
 
 from cyclip_loss.metrics import consistency_metrics
 
-from . import interchange
 from .checkpoints import Clip
 from .datasets import Dataset, Images
-from .interchange import STRIP, nearest
+from .one_index import STRIP, Matches, Means, one_index_numbers
 
 TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
 SUPERCLASS_TOP = {"": 1, "_top2": 2, "_top3": 3}  # the end of a metric's name -> k
@@ -51,8 +50,8 @@ class Encoded:
     image_features: Tensor  # (n, D)
     class_features: dict[str, Tensor]  # (C, D) by task
     text_features: Tensor  # (m, D), of distinct captions, or of class names
-    is_right: interchange.Matches  # (n, m), whether a text belongs to an image
-    means: interchange.Means  # of training pairs
+    is_right: Matches  # (n, m), whether a text belongs to an image
+    means: Means  # of training pairs
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
 
 
@@ -156,16 +155,10 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     found |= retrieval_numbers(encoded, indices)
     sampled = indices[sample_indices(len(indices), PAIRS)]
     is_right = encoded.is_right[sampled.numpy()]
-    texts = encoded.text_features[interchange.own_texts(is_right)]
+    texts = encoded.text_features[own_texts(is_right)]
     geometry = consistency_metrics(encoded.image_features[sampled], texts)
-    data = encoded.data
-    found |= interchange.numbers(
-        encoded.image_features[sampled],
-        encoded.text_features,
-        is_right,
-        encoded.means,
-        [data.captions[i][0] for i in sampled.tolist()] if data.captions else None,
-        None if data.groups or "" not in data.classes else data.classes[""].labels[sampled],
+    found |= one_index_numbers(
+        encoded.image_features[sampled], encoded.text_features, is_right, encoded.means
     )
     # One pair has no uniformity, and two pairs have no correlations.
     return found | {name: float(x) for name, x in geometry.items() if x.isfinite()}
@@ -212,6 +205,18 @@ def sample_indices(count: int, limit: int) -> Tensor:
     return order[:limit].sort().values
 
 
+def own_texts(is_right: Matches) -> Tensor:
+    """The index of one text of each image, its first in the order of the texts: (n,)."""
+    ordered = is_right.sorted_indices()
+    return torch.from_numpy(ordered.indices[ordered.indptr[:-1]]).long()
+
+
+def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+    """The indices of the k gallery rows with the highest cosine, best first: (Q, min(k, G))."""
+    k = min(k, len(gallery))
+    return torch.cat([(strip @ gallery.T).topk(k).indices for strip in queries.split(STRIP)])
+
+
 def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
     """The share of queries whose true answer is among the first k answers.
 
@@ -244,7 +249,7 @@ def coarse_and_fine(
     }
 
 
-def ranks(queries: Tensor, gallery: Tensor, is_right: interchange.Matches) -> Tensor:
+def ranks(queries: Tensor, gallery: Tensor, is_right: Matches) -> Tensor:
     """The rank of the best right candidate for each query: (Q,), 0 for the first rank.
 
     It is the number of wrong candidates with at least the same score, so an exact tie counts
@@ -261,9 +266,7 @@ def ranks(queries: Tensor, gallery: Tensor, is_right: interchange.Matches) -> Te
     return torch.cat(found)
 
 
-def retrieval(
-    image_features: Tensor, text_features: Tensor, is_right: interchange.Matches
-) -> dict[str, float]:
+def retrieval(image_features: Tensor, text_features: Tensor, is_right: Matches) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions. Every query is compared with all candidates.
 
     A query is a hit if any of its right candidates is among the first k. A text that is the caption

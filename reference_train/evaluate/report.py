@@ -12,7 +12,6 @@ from statistics import mean
 from textwrap import indent
 from typing import Any, NamedTuple
 
-import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -182,27 +181,6 @@ def cell(name: str, values: Sequence[float], data: dict[str, Any]) -> str:
 # The command.
 
 
-def table_of_runs(result: Result) -> pd.DataFrame:
-    """A row for each run: its settings, and its numbers, as shares.
-
-    Numbers are called "DATASET: METRIC" or "DATASET, GROUP: METRIC". The recall is the mean of R@10
-    in both directions; without captions, of zero-shot top-10 and R@10 from names to images.
-    """
-    rows = []
-    for run, measured in result["results"].items():
-        row = {"run": run, **result["checkpoints"][run]}
-        for name, found in measured.items():
-            for group, numbers in {"": found["numbers"], **found["groups"]}.items():
-                prefix = f"{name}, {group}" if group else name
-                row |= {f"{prefix}: {key}": value for key, value in numbers.items()}
-                found_texts = numbers.get("image_to_text_r10", numbers.get("top10"))
-                if found_texts is not None and "text_to_image_r10" in numbers:
-                    both = found_texts + numbers["text_to_image_r10"]
-                    row[f"{prefix}: recall"] = both / 2
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def write(result: Result, record: Path) -> None:
     """Writes the table of a record, and prints a shorter one.
 
@@ -222,12 +200,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     text = "a folder of evaluate, or an evaluation.json"
     add("folders", nargs="+", type=Path, metavar="FOLDER", help=text)
-    text = "also write a row for each run of all folders: its settings and all its numbers"
-    add("--csv", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
     results = [read_evaluation(folder) for folder in arguments.folders]
     for folder, result in zip(arguments.folders, results, strict=True):
         write(result, folder)
-    if arguments.csv:
-        rows = pd.concat(map(table_of_runs, results))
-        write_text(rows.to_csv(index=False, float_format="%.6g"), arguments.csv)

@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("python -m reference_train pretrain", description=DESCRIPTION)
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
-    losses = [name for name, loss in LOSSES.items() if not loss.views]
+    losses = [*LOSSES]
     text = f"{', '.join(losses)} (default: clip), or MODULE:NAME: cyclip_loss.open_clip_train"
     add("--loss", default="clip", help=f"{text} says what the loss takes and returns")
     views.add_flag(parser)

@@ -19,7 +19,6 @@ from reference_train.demo import demo
     [
         ("--loss coca", "--loss: invalid choice: 'coca'"),
         ("--seeds many", "--seeds: invalid number value: 'many'"),
-        ("--loss siglip --lambda-progress", "only with --loss clip, cyclip, c-cyclip"),
         ("--lambda -1", "--lambda: must be >= 0, not -1"),
         ("--lambda nan", "--lambda: must be >= 0, not nan"),
         ("--lambda inf", "--lambda: must be >= 0, not inf"),

@@ -1,0 +1,1 @@
+"""Which loss for my pairs? `compare.py` has the order of things."""
