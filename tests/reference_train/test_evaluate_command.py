@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.evaluate import evaluate as command
 from reference_train.evaluate import metrics, records
-from reference_train.evaluate.checkpoints import Checkpoint
 from reference_train.evaluate.datasets import Classes, Dataset, Images
 from reference_train.evaluate.records import read_evaluation
 
@@ -69,9 +68,6 @@ def test_numbers_are_those_of_openclips_features(run_folder, tmp_path, monkeypat
     arguments = f"{run_folder} --data {data} --only cifar100 --linear-probe --batch-size 16"
     result = evaluate(tmp_path / "new" / "out", arguments)
     numbers = result["results"]["tiny"]["cifar100"]["numbers"]
-
-    for name, ks in ("top", (1, 3, 5, 10)), ("consistency_", (1, 3, 5, 10)), ("fine_top", (2, 3)):
-        assert {x for x in numbers if re.fullmatch(f"{name}\\d+", x)} == {f"{name}{k}" for k in ks}
 
     file = str(run_folder / "checkpoints" / "epoch_2.pt")
     model, _, preprocess = open_clip.create_model_and_transforms("evaluate-tiny", pretrained=file)
@@ -164,13 +160,6 @@ def test_the_means_of_the_runs_training_pairs_are_subtracted(run_folder, tmp_pat
     assert (numbers["mixed_text_share"], "mixed_r10_without_means" in numbers) == (share, False)
 
 
-def test_means_are_of_up_to_eight_shards_from_first_to_last(tmp_path):
-    for i in range(16):
-        write_samples(tmp_path / f"{i}.tar", [{"png": b"", "txt": b"%d" % i}])
-    run = Checkpoint("", "", None, parameters={"train_data": f"{tmp_path}/{{0..15}}.tar"})
-    assert command.training_pairs(run)[1] == [str(i) for i in range(0, 16, 2)]
-
-
 @pytest.fixture(scope="module")
 def bad_files(run_folder, tmp_path_factory):
     """A folder of files that are no checkpoints: code, NaN, and a run of a model on a hub."""
@@ -248,9 +237,8 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     installed = records.version("torch")
     monkeypatch.setattr(records, "version", lambda package: f"{package} 99")
     monkeypatch.setattr(records, "PACKAGES", ("torch",))
-    for flags, kept in ("--linear-probe", "linear_probe = False"), ("--precision amp", "= fp32"):
-        with pytest.raises(UsageError, match=f"{kept}; this command asks for"):
-            again(flags)
+    with pytest.raises(UsageError, match="linear_probe = False; this command asks for"):
+        again("--linear-probe")
     result, found = again()
     assert found == [2, 24]
     assert set(result["results"]["tiny"]) == {"flickr8k", "x", "emoji"}
@@ -263,7 +251,6 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     zeros, ones = ([pair | {"cls": label} for pair in pairs] for label in (b"0", b"1"))
     for test, train in (
         (pairs[::-1], {}),
-        ([pair | {"png": picture(3)} for pair in pairs[::-1]], {}),
         (zeros, {}),
         (ones, {}),
         (ones, {"train": zeros}),
