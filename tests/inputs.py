@@ -1,7 +1,7 @@
 """Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -40,6 +40,11 @@ FUNCTIONS = {
     "log-sum-exps": NEGATIVES[:1],
     "one way": NEGATIVES[:1],
 }
+# Each function, and what rows with the same id are to each other; None: no ids. Hypothesis alone
+# would draw some of these in one example of a hundred.
+FORMS = [(function, None) for function in FUNCTIONS]
+FORMS += [(function, "ignored") for function in FUNCTIONS if function != "penalties"]
+FORMS += [("cyclip", "positives"), ("siglip", "positives")]
 
 
 @dataclass
@@ -152,6 +157,12 @@ class Case:
         elif self.function not in ("cyclip", "siglip"):  # no negative upstream gradient
             return {TERMS[0]: abs(weights[TERMS[0]])}
         return weights
+
+
+def in_form(case, function, same_ids):
+    """The case with a form of `FORMS`."""
+    options = {"same_ids": same_ids, "distinct_ids": same_ids and (case.distinct_ids or 6)}
+    return replace(case, function=function, **options)
 
 
 def loss_dtype(dtype):

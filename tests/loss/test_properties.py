@@ -14,16 +14,12 @@ import torch
 from accuracy import check_loss, evaluate, function_of, value_and_grads
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import FEATURES, FOR_KERNELS, FUNCTIONS, Case, cases, counts, exact_on_host, normal
+from inputs import FEATURES, FOR_KERNELS, FORMS, Case, cases, counts, exact_on_host, in_form, normal
 from support import examples, needs_triton, strips_of
 
 from cyclip_loss import contrastive_logsumexp, reference
 
-# Each function, and what rows with the same id are to each other; None: no ids.
-FORMS = [(function, None) for function in FUNCTIONS]
-FORMS += [(function, "ignored") for function in FUNCTIONS if function != "penalties"]
-FORMS += [("cyclip", "positives"), ("siglip", "positives")]
-EACH_FORM = pytest.mark.parametrize(("function", "same_ids"), FORMS)
+EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=str)
 # The kernels compute in float32.
 DTYPE = {"eager": torch.float64, "triton": torch.float32}
 TOLERANCE = {"eager": 1e-11, "triton": 2e-5}
@@ -38,25 +34,19 @@ FEW = {
 }
 
 
-def in_form(case, function, same_ids):
-    """The case with another function, with ids unless `same_ids` is None."""
-    options = {"same_ids": same_ids, "distinct_ids": same_ids and (case.distinct_ids or 6)}
-    return replace(case, function=function, **options)
-
-
 @EACH_FORM
 @examples(1.2)
 @given(case=cases())
-def test_eager_engine_is_accurate_in_each_element(case, function, same_ids, device):
-    check_loss(in_form(case, function, same_ids), "eager", device)
+def test_eager_engine_is_accurate_in_each_element(case, form, device):
+    check_loss(in_form(case, *form), "eager", device)
 
 
 @needs_triton
 @EACH_FORM
 @examples(0.2)
 @given(case=cases(**FOR_KERNELS))
-def test_kernels_are_accurate_in_each_element(case, function, same_ids, device):
-    check_loss(in_form(case, function, same_ids), "triton", device)
+def test_kernels_are_accurate_in_each_element(case, form, device):
+    check_loss(in_form(case, *form), "triton", device)
 
 
 @examples(4 / 3)
