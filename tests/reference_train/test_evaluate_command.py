@@ -183,7 +183,6 @@ def bad_files(run_folder, tmp_path_factory):
         ("{bad}/code.pt --model no-such-model", "no model 'no-such-model'"),
         ("--pretrained openai", "--pretrained needs --model"),
         ("{bad}/code.pt", r"code\.pt: no params.txt of a run beside it: pass --model"),
-        ("{run} --model icons-rn-32", r"epoch_2\.pt as icons-rn-32: "),
         ("{run} --imagefolder emoji={run}", "emoji is the name of another dataset"),
         ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --imagefolder {run}", "--imagefolder: must be NAME=DIR, not "),
