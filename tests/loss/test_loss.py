@@ -58,6 +58,8 @@ HARD = [
     Case(260, 5),
     # All images are equal and nearest to one text. That text's G, summed over images, overflows.
     Case(40, 3, FP16, logit_scale=100.0, image_layout="expanded"),
+    # Exchanged pairs: G of the others is 2, its maximum, and 2^14 times that fits float16.
+    Case(2, 1, FP16, logit_scale=100.0, distance=0.0, anti_aligned=True),
     # Overflow over several blocks.
     Case(80, 1, FP16, strip_rows=7),
     # Pairs far worse than their negatives: 1e-9 is missing from the loss if log(1 + exp(21)) is 21.
