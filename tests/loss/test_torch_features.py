@@ -126,6 +126,7 @@ CALLS = [
     {"negatives": (9, None), "dtype": torch.bfloat16},
     {"negatives": (9, 0), "output_dict": True, **POSITIVES},
     {"autocast": torch.bfloat16, "dtype": torch.float32, "views": True, "output_dict": True},
+    {"autocast": torch.bfloat16, "dtype": torch.float32, "function": "siglip"},
 ]
 
 
