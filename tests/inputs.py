@@ -1,7 +1,7 @@
 """Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -40,6 +40,11 @@ FUNCTIONS = {
     "log-sum-exps": NEGATIVES[:1],
     "one way": NEGATIVES[:1],
 }
+# Each function, and what rows with the same id are to each other; None: no ids. Hypothesis alone
+# would draw some of these in one example of a hundred.
+FORMS = [(function, None) for function in FUNCTIONS]
+FORMS += [(function, "ignored") for function in FUNCTIONS if function != "penalties"]
+FORMS += [("cyclip", "positives"), ("siglip", "positives")]
 
 
 @dataclass
@@ -154,6 +159,12 @@ class Case:
         return weights
 
 
+def in_form(case, function, same_ids):
+    """The case with a form of `FORMS`."""
+    options = {"same_ids": same_ids, "distinct_ids": same_ids and (case.distinct_ids or 6)}
+    return replace(case, function=function, **options)
+
+
 def loss_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -231,7 +242,7 @@ STRATEGIES = {
     "reference_batch_size": st.sampled_from([None, None, 16]),
     "centered": st.sampled_from([False, False, True]),
     "lambda_progress": st.booleans(),
-    "function": st.sampled_from(["cyclip"] * 4 + list(FUNCTIONS)),
+    "function": st.sampled_from(["cyclip"] * 3 + ["siglip"] + list(FUNCTIONS)),
     "views": st.sampled_from([False, False, True]),
     "output_dict": st.booleans(),
     "frozen": st.one_of(
@@ -249,8 +260,10 @@ STRATEGIES = {
 }
 
 
-# Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
+# Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile. Some batches
+# end one row before, at or after the end of a tile, or of a part of one.
 FOR_KERNELS = {
+    "n": st.one_of(SIZES, st.sampled_from([31, 32, 33, 63, 64, 65])),
     "dtype": st.sampled_from(DTYPES[1:]),
     "negatives": counts(0, 1, 50),
 }

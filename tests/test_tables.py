@@ -1,7 +1,5 @@
 """The marks in the tables of results, which `.mkdocs/tables.py` makes from the records."""
 
-import csv
-import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,34 +57,3 @@ def test_intervals_are_paired_by_seed_or_else_welchs(tables):
     # degrees of freedom, whose 97.5% quantile is 3.219.
     others = {seed + "9": value for seed, value in baseline.items()}
     assert tables.compare(values, others) == ", +4.0 (-0.2 to 8.2)"
-
-
-def test_a_table_of_two_commits_needs_a_page_that_names_both(tables, tmp_path):
-    commits = ["0123456789 clean", "abcdef0123 clean"]
-    results = {f"{loss}-0": {"a": {"numbers": {"x": 1}, "groups": {}}} for loss in ("clip", "new")}
-    checkpoints = dict(zip(results, ({"commit": x} for x in commits), strict=True))
-    text = json.dumps({"results": results, "checkpoints": checkpoints})
-    (tmp_path / "record.json").write_text(text)
-    spec = f"{tmp_path}: record.json\nloss | x = a x\n* CLIP = record/clip-?\nnew = record/new-?"
-    with pytest.raises(SystemExit, match="new: the page does not say that it compares"):
-        tables.table(spec, "The runs are of commit 0123456.")
-    assert "100.0" in tables.table(spec, "CLIP is of commit 0123456, new of abcdef0.")
-
-
-def test_only_the_last_record_of_two_cores_is_in_their_tables(tables, tmp_path):
-    """Neither an older one of another processor, nor one of a GPU or of more cores."""
-    spec = tables.SPECS["readme-speed"].replace("benchmarks/results:", f"{tmp_path}:")
-    with (ROOT / "benchmarks/results/results.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["section"] == "cost"]
-
-    def shown(*devices):
-        with (tmp_path / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            for ms, device in devices:
-                writer.writerows(row | {"ms": ms, "device": device} for row in rows)
-        return tables.table(spec)
-
-    last = 2, "new, threads: 2"
-    others = (1, "old, threads: 2"), (3, "NVIDIA H100"), (4, "new, threads: 64")
-    assert shown(others[0], last, *others[1:]) == shown(last)

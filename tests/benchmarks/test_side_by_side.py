@@ -13,10 +13,8 @@ from processes import run_forked
 from benchmarks import __main__
 from benchmarks.compare import accuracy, cost, report
 from benchmarks.compare.competitors import (
-    BESIDE_YOURS,
     COMPETITORS,
     DENSE_CLIP,
-    NAMES,
     OURS,
     Competitor,
     authors_formula,
@@ -42,13 +40,6 @@ def test_a_competitor_computes_its_definition(competitor, monkeypatch):
     found = accuracy.value_and_grads(competitor.under("float32", CPU), INPUTS)
     exact = accuracy.exact_value_and_grads(competitor.computes, INPUTS)
     assert max(accuracy.relative_errors(found, exact).values()) < 1e-6
-
-
-def test_the_losses_beside_a_users_loss_are_measured_at_all_sizes():
-    assert len(NAMES) == len(COMPETITORS)
-    drawn = {line.loss for lines in report.FIGURES.values() for line in lines}
-    assert drawn | {*BESIDE_YOURS} <= NAMES
-    assert all(c.up_to == math.inf for c in COMPETITORS if c.cuda_only or c.name in BESIDE_YOURS)
 
 
 def times(factor):
@@ -100,9 +91,7 @@ def test_each_round_starts_with_another_loss():
         "--n 4096",  # not --name
         "--d 0",
         "--sizes 256 -4",
-        "--step-rate 0",
         "--step-rate nan",
-        "--step-rate inf",
         "cached --out /proc",
     ],
 )
@@ -144,22 +133,6 @@ def test_a_loss_without_memory_is_drawn(tmp_path):
     ]
     for figure in report.figures(rows, "a device").values():
         figure.savefig(tmp_path / "cost.png")
-
-
-READ_ONLY_PROC = """
-from pathlib import Path
-from benchmarks.measure import limit_to_available
-
-def refuse(*_):
-    raise OSError("read-only file system")
-
-Path.write_text = refuse
-print(limit_to_available() > 0)
-"""
-
-
-def test_memory_is_limited_where_proc_is_read_only(tmp_path):
-    assert run_forked(READ_ONLY_PROC, cwd=tmp_path).stdout == "True\n"
 
 
 @pytest.mark.parametrize("program", [ONE_ROUND, TWO_RANKS], ids=["one process", "two ranks"])

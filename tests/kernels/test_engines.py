@@ -105,12 +105,6 @@ def test_the_option_the_environment_and_the_features_choose_the_engine(
     assert engine_of(features, impl) == in_words
 
 
-def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch):
-    problem = "result 0 is off by 0.5"
-    monkeypatch.setattr(engines.verified(SMALL), "problem", problem)
-    assert engine_of(SMALL) == f"PyTorch: {problem}"
-
-
 @pytest.mark.parametrize("wrap", [lambda loss: loss, partial(torch.compile, backend="eager")])
 @pytest.mark.parametrize(
     ("variable", "message"), [("triton", "do not support cpu"), ("tritn", "one of .* got 'tritn'")]

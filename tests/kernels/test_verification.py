@@ -127,13 +127,6 @@ def test_each_new_layout_is_compared_and_a_fault_is_noticed(options, functions, 
         monkeypatch.setattr(kernels, function, original)
 
 
-def as_on_a_gpu(dtype, **functions):
-    """A check of these functions with the batch that a GPU gets. PyTorch computes the others."""
-    engine = VerifiedKernels(SimpleNamespace(**functions), torch.device("cuda"), dtype)
-    engine.device = torch.device("cpu")
-    return engine
-
-
 def without_tile(index, original, *arguments):
     """Of a result, a tile beside the diagonal is 0."""
     results = original(*arguments)

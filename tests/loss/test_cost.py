@@ -165,6 +165,19 @@ def test_the_shipped_limits_of_memory_are_those_of_the_pages():
     assert max(cpu_allocations(lambda: step(case, case.arguments("cpu"), "eager"))) < case.n**2
 
 
+def test_an_evaluation_has_no_matrix_of_all_logits():
+    """Also at sizes at which a training step keeps one for backward."""
+    n = 2048
+    given, loss = Case(n, D).arguments("cpu"), CyCLIPLoss(0, 0, impl="eager")
+    assert max(cpu_allocations(lambda: loss(**given))) < 4 * n * n
+
+
+def test_few_pairs_with_many_extra_negatives_are_not_dense():
+    given = Case(D, D, negatives=(4 * D, None)).arguments("cpu")
+    with keeping(0):
+        assert saved_matrices(given) == 0
+
+
 def test_exponentials_that_backward_cannot_use_are_not_kept():
     """A text that is opposite to all images needs exponentials of its own."""
     image = torch.zeros(3 * D, D)

@@ -1,21 +1,25 @@
-"""Laws: the log-sum-exps equal their definition, and no bad value is hidden by a finite loss.
+"""What the loss promises for every input: the laws that Hypothesis tries to break.
 
-`test_loss.py` compares the losses with their definitions. (`tests/ranks` has laws across ranks.)
+Value and gradients are those of the definition, in each element; so are the log-sum-exps. A bad
+value is never hidden by a finite loss. PyTorch's modes change no bit. `inputs.py` says what is
+drawn, `rounding.py` how much rounding may explain. (`tests/ranks/test_ranks.py`: the same across
+ranks. `test_loss.py`: hard cases, and what is promised for single inputs.)
 """
 
 from dataclasses import replace
 from functools import partial
-from math import isnan
 
+import pytest
 import torch
-from accuracy import function_of, value_and_grads
+from accuracy import check_loss, evaluate, function_of, value_and_grads
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import FEATURES, Case, cases, counts, exact_on_host, normal
-from support import examples, strips_of
+from inputs import FEATURES, FOR_KERNELS, FORMS, Case, cases, counts, exact_on_host, in_form, normal
+from support import examples, needs_triton, strips_of
 
 from cyclip_loss import contrastive_logsumexp, reference
 
+EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=str)
 # The kernels compute in float32.
 DTYPE = {"eager": torch.float64, "triton": torch.float32}
 TOLERANCE = {"eager": 1e-11, "triton": 2e-5}
@@ -28,6 +32,21 @@ FEW = {
     "negatives": counts(0, 2),
     "strip_rows": st.sampled_from([None, 1, 3]),
 }
+
+
+@EACH_FORM
+@examples(1.2)
+@given(case=cases())
+def test_eager_engine_is_accurate_in_each_element(case, form, device):
+    check_loss(in_form(case, *form), "eager", device)
+
+
+@needs_triton
+@EACH_FORM
+@examples(0.2)
+@given(case=cases(**FOR_KERNELS))
+def test_kernels_are_accurate_in_each_element(case, form, device):
+    check_loss(in_form(case, *form), "triton", device)
 
 
 @examples(4 / 3)
@@ -82,6 +101,7 @@ PERFECT = Case(2, 1, seed=3)
 @example(case=PERFECT, place=(0, 0, 0), bad=torch.inf, sign=None)
 @example(case=replace(PERFECT, function="siglip"), place=(0, 0, 0), bad=torch.inf, sign=None)
 @example(case=Case(1, 1, function="siglip"), place=(0, 0, 0), bad=torch.inf, sign=1)
+@example(case=Case(1, 1, function="siglip"), place=(2, 0, 0), bad=torch.inf, sign=1)
 def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
     case, place, bad, sign, impl, device
 ):
@@ -94,7 +114,7 @@ def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
     names = [name for name, x in given.items() if "features" in name and len(x)]
     for name in names if sign else ():
         given[name] = given[name].abs() * (sign if "text" in name else 1)
-    names += ["logit_scale"] if isnan(bad) else []  # the loss warns of infinite ones
+    names.append("logit_scale")
     name = names[place[0] % len(names)]
     n, d = torch.atleast_2d(given[name]).shape
     torch.atleast_2d(given[name])[place[1] % n, place[2] % d] = bad
@@ -107,3 +127,36 @@ def test_nan_and_infinity_in_any_input_never_give_a_finite_loss(
             results = [*terms.values(), *(x.logsumexp(0) for x in lse)]
     for result in results:
         assert not result.isfinite(), (name, bad, sign)
+
+
+# Small, as the modes do not depend on the number of tiles, and interpreted tiles are slow.
+SMALL = st.integers(1, 20)
+
+
+@examples(0.1)
+@given(case=cases(n=SMALL, d=SMALL, negatives=counts(0, 1, 9)))
+@example(case=Case(30, 6, views=True))
+@example(case=Case(10, 30, torch.float16))
+@example(case=Case(10, 6, function="penalties"))
+@example(case=Case(30, 6, function="siglip"))
+@example(case=Case(10, 30, function="siglip"))
+def test_autocast_casts_only_features_and_other_modes_change_no_bit(case, impl, device):
+    """Autocast leaves float64 as it is. The other modes are no_grad, inference_mode and a default
+    device.
+    """
+    given, step = case.arguments(device), partial(evaluate, case, impl=impl)
+    close = {"rtol": 0, "atol": 0}
+    terms, grads = step(given)
+    with torch.device("meta"):  # not the features' device
+        torch.testing.assert_close(step(given), (terms, grads), **close)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            without_grads = step(given)
+        torch.testing.assert_close(without_grads, (terms, dict.fromkeys(grads)), **close)
+    cast_dtype = case.dtype if case.dtype == torch.float64 else torch.bfloat16
+    cast = {name: x.to(cast_dtype) if "features" in name else x for name, x in given.items()}
+    terms, grads = step(cast)
+    for name, grad in grads.items():
+        grads[name] = None if grad is None else grad.to(given[name].dtype)
+    under_autocast = step(given, autocast=torch.bfloat16)
+    torch.testing.assert_close(under_autocast, (terms, grads), **close)

@@ -37,7 +37,7 @@ CASES = [
     (CyCLIPLoss(1, 0), 65, {}, "lambda = 1 in a batch of 65 is 2.03 times as strong as"),
     # The lambdas are not added: each may be twice as strong as the paper's.
     (CyCLIPLoss(), 256, {}, ""),
-    (CyCLIPLoss(), 257, {}, STRONG),
+    (CyCLIPLoss(0, 0.25), 257, {}, STRONG),
     (CyclicPenalty(), 257, {}, STRONG),
     (WithCyclicPenalty(PlainClip()), 257, {}, f"lambda = 0.25 in a batch of 257 is 2.01 {STRONG}"),
     (CyCLIPLoss(0, 1, reference_batch_size=128), 2000, {}, ""),

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
+from inputs import FORMS, in_form
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
 from support import examples, needs_triton
@@ -14,22 +14,22 @@ from support import examples, needs_triton
 from cyclip_loss import CyCLIPLoss
 
 pytestmark = pytest.mark.nccl
-WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
+EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
-@WORLD_SIZES
-@examples(1.5)
-@given(data=st.data())
-def test_eager_engine_is_accurate_across_ranks(data, world_size, ranks):
-    check_ranks(data.draw(rank_cases(world_size, "eager")), ranks)
+@EACH_FORM
+@examples(0.4)
+@given(case=rank_cases("eager"))
+def test_eager_engine_is_accurate_across_ranks(case, form, ranks):
+    check_ranks(in_form(case, *form), ranks)
 
 
 @needs_triton
-@WORLD_SIZES
-@examples(1 / 3)
-@given(data=st.data())
-def test_kernels_are_accurate_across_ranks(data, world_size, ranks):
-    check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
+@EACH_FORM
+@examples(1 / 15)
+@given(case=rank_cases("triton"))
+def test_kernels_are_accurate_across_ranks(case, form, ranks):
+    check_ranks(in_form(case, *form), ranks)
 
 
 @needs_triton

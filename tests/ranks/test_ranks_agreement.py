@@ -25,7 +25,7 @@ from cyclip_loss.engines.verification import VerifiedKernels
 NO_EFFECT = (
     "cache_labels", "chunk_size", "gather_with_grad", "impl", "local_loss", "world_size",
 )  # fmt: skip
-ACROSS_RANKS = ("dist_impl", "uneven", "inmodal_contrastive_weight", *NO_EFFECT)
+ACROSS_RANKS = ("dist_impl", "uneven", *NO_EFFECT)
 
 
 def outcome(call):
@@ -64,9 +64,6 @@ DIFFERING = [
     ("lambda_inmodal", {}, {"lambdas": (0.5, 0.25)}),
     ("whether a penalty has a weight", {}, {"lambdas": (0.0, 0.0)}),
     ("reference_batch_size", {}, {"reference_batch_size": 128}),
-    ("centered", {}, {"centered": True}),
-    ("lambda_progress", {}, {"lambda_progress": True}),
-    ("inmodal_contrastive_weight", VIEWS, VIEWS | {"inmodal_contrastive_weight": 0.5}),
     ("whether the penalties are computed apart", {}, {"output_dict": True}),
     ("augmented and negative features", {}, VIEWS),
     ("rows of negative_text_features (unless uneven=True)", *(

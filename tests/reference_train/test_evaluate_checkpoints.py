@@ -1,6 +1,5 @@
 """The checkpoints of `evaluate`: which file is taken, its title, its model, and what is refused."""
 
-import json
 import shutil
 import zipfile
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from miniature import TINY, write_run
+from miniature import write_run
 from pages import blocks
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,7 +18,6 @@ from torchvision.transforms import InterpolationMode
 from reference_train.command_line import UsageError
 from reference_train.evaluate.checkpoints import (
     checkpoint_file,
-    default_precision,
     find_checkpoints,
     load,
 )
@@ -70,25 +68,6 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
     assert pixels.shape == (3, 32, 32)
     assert clip.preprocess.transforms[0].interpolation == InterpolationMode.BILINEAR
     assert (clip.model.logit_bias.item(), clip.tokenizer(["a"]).shape) == (-10, (1, 9))
-
-
-def test_models_of_one_name_have_the_configurations_of_their_runs(run_folder, tmp_path):
-    """They differ in what no weight shows."""
-    for name, heads in ("one", 2), ("two", 4):
-        folder = tmp_path / name
-        folder.mkdir()
-        shutil.copy(run_folder / "checkpoints" / "epoch_2.pt", folder / "checkpoint.pt")
-        (folder / "params.txt").write_text("model: own\n")
-        config = {**TINY, "text_cfg": {**TINY["text_cfg"], "heads": heads}}
-        (folder / "own.json").write_text(json.dumps(config))
-    found = find_checkpoints([tmp_path / "one", tmp_path / "two"], None, None)
-    heads = [load(x, CPU).model.transformer.resblocks[0].attn.num_heads for x in found]
-    assert heads == [2, 4]
-
-
-def test_a_gpu_computes_in_bfloat16():
-    found = [default_precision(torch.device(name)) for name in ("cpu", "cuda:1")]
-    assert found == ["fp32", "amp_bf16"]
 
 
 def save(path):

@@ -69,9 +69,6 @@ def test_numbers_are_those_of_openclips_features(run_folder, tmp_path, monkeypat
     result = evaluate(tmp_path / "new" / "out", arguments)
     numbers = result["results"]["tiny"]["cifar100"]["numbers"]
 
-    for name, ks in ("top", (1, 3, 5, 10)), ("consistency_", (1, 3, 5, 10)), ("fine_top", (2, 3)):
-        assert {x for x in numbers if re.fullmatch(f"{name}\\d+", x)} == {f"{name}{k}" for k in ks}
-
     file = str(run_folder / "checkpoints" / "epoch_2.pt")
     model, _, preprocess = open_clip.create_model_and_transforms("evaluate-tiny", pretrained=file)
     tokenizer = open_clip.get_tokenizer("evaluate-tiny")
@@ -167,7 +164,6 @@ def bad_files(run_folder, tmp_path_factory):
         ("{bad}/code.pt --model no-such-model", "no model 'no-such-model'"),
         ("--pretrained openai", "--pretrained needs --model"),
         ("{bad}/code.pt", r"code\.pt: no params.txt of a run beside it: pass --model"),
-        ("{run} --model icons-rn-32", r"epoch_2\.pt as icons-rn-32: "),
         ("{run} --imagefolder emoji={run}", "emoji is the name of another dataset"),
         ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --imagefolder {run}", "--imagefolder: must be NAME=DIR, not "),
@@ -221,9 +217,8 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     installed = records.version("torch")
     monkeypatch.setattr(records, "version", lambda package: f"{package} 99")
     monkeypatch.setattr(records, "PACKAGES", ("torch",))
-    for flags, kept in ("--linear-probe", "linear_probe = False"), ("--precision amp", "= fp32"):
-        with pytest.raises(UsageError, match=f"{kept}; this command asks for"):
-            again(flags)
+    with pytest.raises(UsageError, match="linear_probe = False; this command asks for"):
+        again("--linear-probe")
     result, found = again()
     assert found == [2, 24]
     assert set(result["results"]["tiny"]) == {"flickr8k", "x", "emoji"}
@@ -236,7 +231,6 @@ def test_an_interrupted_evaluation_resumes_with_what_is_missing_or_has_changed(
     zeros, ones = ([pair | {"cls": label} for pair in pairs] for label in (b"0", b"1"))
     for test, train in (
         (pairs[::-1], {}),
-        ([pair | {"png": picture(3)} for pair in pairs[::-1]], {}),
         (zeros, {}),
         (ones, {}),
         (ones, {"train": zeros}),

@@ -78,19 +78,6 @@ def test_no_matrix_of_all_images_and_texts_is_made(monkeypatch):
     assert allocated_peak(CPU, lambda: measure(images, data, texts)) < 4e6
 
 
-def test_samples_have_the_sizes_that_pages_say(monkeypatch):
-    """Of training images as neighbours, and of pairs."""
-    limits = []
-    monkeypatch.setattr(
-        metrics, "sample_indices", lambda count, limit: limits.append(limit) or torch.arange(count)
-    )
-    x = nn.functional.normalize(torch.randn(12, 3), dim=-1)
-    classes = {"": Classes(torch.arange(12), [*"abcdefghijkl"], ["{}"])}
-    data = Dataset(Images(x), classes, train=(Images(x), {"": torch.arange(12)}))
-    measure(x, data, dict(zip("abcdefghijkl", x, strict=True)))
-    assert limits == [50_000, 10_000]
-
-
 def test_a_tie_of_neighbours_drops_the_farthest():
     neighbours = torch.tensor([[5, 6, 6], [1, 2, 3], [4, 4, 7]])
     # The majorities of three are 6, 1 (1 2 3 is a tie, and so is 1 2) and 4.

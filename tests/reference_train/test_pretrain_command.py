@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 from itertools import product
 
 import pytest
@@ -53,14 +52,7 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(data
     assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
 
-# What says the flags of a preset: a command on a page, and one in a record.
-COMMANDS = {
-    "paper": ("docs/from_the_authors_code.md", r"--model RN50-[^`]*?(?=--penalties)"),
-    "icons": ("reference_train/results/icons/runs.txt", r"--model .*"),
-}
-
-
-def test_presets_are_those_of_the_page_and_of_commands_elsewhere(dry_run):
+def test_presets_are_those_of_the_page(dry_run):
     page = (ROOT / "docs" / "pretraining.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", page, re.MULTILINE)
     assert [preset for preset, *_ in rows] == ["paper", "modern", "icons"]
@@ -70,23 +62,6 @@ def test_presets_are_those_of_the_page_and_of_commands_elsewhere(dry_run):
         assert args.batch_size == int(batch.replace(",", ""))
         assert [args.epochs, args.lr] == [float(number) for number in numbers]
         assert args.model in (model, "icons-rn-32")
-        if preset in COMMANDS:
-            file, pattern = COMMANDS[preset]
-            flags = shlex.split(
-                re.search(pattern, (ROOT / file).read_text())[0].replace("\\\n", "")
-            )
-            told = vars(command.trainer.parse_args(open_clip_train.parse(flags)[1]))
-            for name in ["lr", "wd", "beta1", "beta2", "eps", "warmup", "train_num_samples"]:
-                assert told[name] in (None, vars(args)[name])
-            assert args.aug_cfg.items() <= told["aug_cfg"].items()
-
-
-def test_icons_train_in_bfloat16_where_the_cpu_computes_it(dry_run, monkeypatch):
-    for found in {"avx512_bf16": True}, {"avx512_bf16": False}, {}:
-        monkeypatch.setattr(command.torch.cpu, "get_capabilities", found.copy, raising=False)
-        for preset in BATCH_SIZES:
-            chosen = "amp_bf16" if found.get("avx512_bf16") and preset == "icons" else "fp32"
-            assert dry_run(f"--preset {preset}").precision == chosen
 
 
 def test_a_command_with_views_is_run_by_the_module_that_draws_them(dry_run):
@@ -125,17 +100,13 @@ def test_ranks_share_the_batch_and_the_shards(variable, dry_run, monkeypatch):
         ("-- --model RN51", "--model RN51: OpenCLIP has no model of this name"),
         ("--data s3://b/{0..2}.tar", r"is not known .* add it after --, e\.g\. -- --train-num"),
         ("--loss cyclp", "--loss cyclp: take clip, cyclip, .* or MODULE:NAME"),
-        ("--loss cyclip-views", "--loss cyclip-views: take clip, "),
         ("--loss math:nothing", "argument --loss: must be MODULE:NAME, not math:nothing: module"),
         ("--batch-size 9", "hold 8 pairs and its batch is 9: take fewer --workers .now 4., a"),
         ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take"),
-        ("--seed -1", "--seed: must be >= 0, not -1"),
         ("--dry 3", "--dry: OpenCLIP's own flags go after --"),  # no abbreviation of --dry-run
-        ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("--views -- --dataset-type csv", r"python -m [\w.]+\.views --views takes"),
         ("--preset paper --views own", "--views own: .* both views would be equal; take"),
         ("--views -- --same-captions ignored", "--same-captions can't be combined with --views"),
-        ("--views -- --distill-model RN50", "--distill-model can't be combined with --views"),
         ("--loss clip --penalties strong", "--loss clip has no inmodal penalty: choose another"),
         ("--loss i-cyclip -- --lambda-crossmodal 1", "--loss i-cyclip has no crossmodal penalty"),
         ("--views --loss siglip", "--siglip can't be combined with --views"),

@@ -1,7 +1,6 @@
 """The patches of OpenCLIP's trainer: what is read and kept, and what stops a run."""
 
 import math
-import multiprocessing
 import os
 import resource
 from argparse import Namespace
@@ -139,19 +138,6 @@ def test_unreadable_held_out_pairs_stop_a_run_before_its_first_step(pretrain, da
     with pytest.raises(UsageError, match="--val: 1 unreadable held-out pairs or shards"):
         pretrain("--workers 0")
     assert "Start epoch" not in caplog.text
-
-
-def test_a_run_trains_where_processes_get_their_objects_sent(pretrain, data, tmp_path):
-    """So they are on macOS, which spawns them, and from Python 3.14 on elsewhere."""
-    method = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("forkserver", force=True)
-    try:
-        # It would take more processes, to read with fewer filters.
-        (data / "val-00000.tar").unlink()
-        pretrain()
-    finally:
-        multiprocessing.set_start_method(method, force=True)
-    assert (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").exists()
 
 
 def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path):

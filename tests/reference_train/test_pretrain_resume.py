@@ -67,16 +67,6 @@ def test_a_resumed_run_compares_the_values_of_penalties_and_not_their_preset(res
         resume_run(ours=flags, **values)
 
 
-def test_a_sharded_checkpoint_is_compared_too(resume_run, tmp_path):
-    resume_run()
-    file = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"
-    file.unlink()
-    file.with_suffix("").mkdir()
-    resume_run()
-    with pytest.raises(UsageError, match="begun with seed = "):
-        resume_run("--seed 1")
-
-
 def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, monkeypatch):
     """A new version of OpenCLIP may add such a flag."""
     resume_run("--log-every-n-steps 3 --grad-checkpointing --workers 2 --debug --val-frequency 2")

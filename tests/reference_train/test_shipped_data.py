@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from processes import ROOT
 
 from reference_train.data import emoji
 from reference_train.demo import demo, train
 from reference_train.evaluate import demonstration, evaluate, records
-from reference_train.evaluate.datasets import open_emoji
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +19,6 @@ def shipped():
 def test_the_shipped_emoji_are_decoded_once(shipped, monkeypatch):
     monkeypatch.setattr(emoji, "decode", lambda *_: pytest.fail("decodes them again"))
     evaluate.open_demonstration("new concepts, new styles")
-
-
-def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped):
-    evaluated = open_emoji()
-    names, subgroups = evaluated.classes[""], evaluated.classes["subgroup"]
-    assert [[names.names[concept]] for concept in names.labels.tolist()] == evaluated.captions
-    assert len(evaluated.images) == len(evaluated.groups)
-    assert set(evaluated.groups) == {*emoji.TRAIN_STYLES, *emoji.SHIFT_STYLES}
-    assert torch.equal(names.superclass[names.labels], subgroups.labels)
 
 
 def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(shipped):
